@@ -1,0 +1,56 @@
+// One kernel source, one kernel per instruction set.
+//
+// setup.py compiles every <op>_cpu.cpp once per name in kIsaNames, each time with MIXLORA_ISA
+// set to that variant's namespace. The op's header declares all variants, the entry picks one:
+//
+//   <op>.h        DECLARE_CPU_KERNEL(void, foo_cpu, const FooParams& p)
+//   <op>_cpu.cpp  namespace mixlora::MIXLORA_ISA { void foo_cpu(const FooParams& p) { ... } }
+//   <op>.cpp      CPU_KERNEL(foo_cpu)(params);
+#pragma once
+
+namespace mixlora {
+
+// The best variant this processor can run: an index into kIsaNames. The environment variable
+// MIXLORA_ISA names a lesser one, so that every variant can be tested on one machine.
+int chosen_isa();
+
+}  // namespace mixlora
+
+#if defined(__x86_64__)
+
+namespace mixlora {
+inline constexpr const char* kIsaNames[] = {"default", "avx2", "avx512"};
+}
+
+#define DECLARE_CPU_KERNEL(result, name, ...) \
+  namespace cpu_default {                     \
+  result name(__VA_ARGS__);                   \
+  }                                           \
+  namespace cpu_avx2 {                        \
+  result name(__VA_ARGS__);                   \
+  }                                           \
+  namespace cpu_avx512 {                      \
+  result name(__VA_ARGS__);                   \
+  }
+
+#define CPU_KERNEL(name)                                         \
+  [] {                                                           \
+    constexpr decltype(&cpu_default::name) variants[] = {        \
+        &cpu_default::name, &cpu_avx2::name, &cpu_avx512::name}; \
+    return variants[mixlora::chosen_isa()];                      \
+  }()
+
+#else
+
+namespace mixlora {
+inline constexpr const char* kIsaNames[] = {"default"};
+}
+
+#define DECLARE_CPU_KERNEL(result, name, ...) \
+  namespace cpu_default {                     \
+  result name(__VA_ARGS__);                   \
+  }
+
+#define CPU_KERNEL(name) (&cpu_default::name)
+
+#endif

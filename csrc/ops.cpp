@@ -1,0 +1,35 @@
+// Table of contents: the schema of every op, and the module that loads them and says how it was
+// built. What an op computes is in mixlora/ops/<op>.py, its checks in csrc/<op>/<op>.cpp.
+
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+
+#include "common/isa.h"
+
+STABLE_TORCH_LIBRARY(mixlora, m) {
+  // The routing plan: rows sorted by expert, tokens sorted by their tuple of experts.
+  m.def(
+      "moe_sort(Tensor expert_TK, int num_experts) -> (Tensor expert_start_E1, "
+      "Tensor row_slot_N, Tensor slot_row_TK, Tensor token_order_T)");
+}
+
+namespace py = pybind11;
+
+py::dict build_info() {
+  py::list isas;
+  for (const char* name : mixlora::kIsaNames) isas.append(name);
+  py::dict info;
+  info["compiler"] = MIXLORA_COMPILER;
+  info["torch"] = MIXLORA_TORCH;
+  info["instruction_sets"] = isas;
+  info["instruction_set"] = mixlora::kIsaNames[mixlora::chosen_isa()];
+  info["cuda_architectures"] = py::str(MIXLORA_CUDA_ARCHS).attr("split")();
+  return info;
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.def("build_info",
+        &build_info,
+        "How this module was built: compiler, torch, instruction sets built and chosen, "
+        "CUDA architectures (empty for a CPU build).");
+}

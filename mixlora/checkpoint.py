@@ -1,0 +1,102 @@
+"""What a training run needs to go on exactly where it stopped, in a format without pickle.
+
+    <run>/checkpoints/step-000123/adapter_config.json  adapter_model.safetensors   the adapter
+                                  optimizer.safetensors    AdamW's state, the random generator's
+                                  state.json               the step, the settings of the run
+
+A checkpoint is written into a temporary folder that is then renamed: it is there whole or not.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+from mixlora.adapters import adapter_parameters, read_tensors, save_adapter
+from mixlora.errors import InputError
+from mixlora.files import TensorFile, check_shapes, fsync_folder, read_json, write_json, write_tensors
+from mixlora.layers.adapted_model import AdaptedModel
+
+OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
+GENERATOR = "random_generator"
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = folder.glob("step-*") if folder.is_dir() else []
+    return sorted(path for path in found if re.fullmatch(r"step-\d{6,}", path.name))
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: AdaptedModel,
+    name: str,
+    optimizer: torch.optim.Optimizer,
+    settings: dict,
+    keep_last: int,
+) -> None:
+    """`step` optimizer steps are done. Older checkpoints than the `keep_last` newest are deleted."""
+    final = folder / f"step-{step:06d}"
+    temporary = folder / f".{final.name}.tmp"
+    for leftover in (temporary, final):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_adapter(model, temporary, name)
+    tensors = {
+        f"{key}.{moment}": optimizer.state[parameter][moment]
+        for key, parameter in adapter_parameters(model, name).items()
+        for moment in MOMENTS
+    }
+    tensors[GENERATOR] = torch.get_rng_state()
+    write_tensors(temporary / OPTIMIZER_FILE, tensors)
+    write_json(temporary / STATE_FILE, {"step": step, "settings": settings})
+    temporary.rename(final)
+    fsync_folder(folder)
+    for old in checkpoints(folder)[:-keep_last]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(
+    path: Path,
+    model: AdaptedModel,
+    name: str,
+    optimizer: torch.optim.Optimizer,
+    settings: dict,
+) -> int:
+    """Restore adapter, optimizer and random generator; returns the number of steps done.
+
+    A run goes on under the settings it began with: any that differ are listed in the error.
+    """
+    state = read_json(path / STATE_FILE)
+    differing = _differences(state.get("settings", {}), settings)
+    if differing:
+        raise InputError(f"{path}: the run was begun with other settings: {'; '.join(differing)}")
+    parameters = adapter_parameters(model, name)
+    file = TensorFile(path / OPTIMIZER_FILE)
+    wanted = {f"{key}.step": () for key in parameters} | {GENERATOR: torch.get_rng_state().shape}
+    for key, parameter in parameters.items():
+        wanted |= {f"{key}.{moment}": parameter.shape for moment in MOMENTS[1:]}
+    check_shapes(file.shapes, wanted, file.path)
+    read_tensors(model, path, name)
+    for key, parameter in parameters.items():
+        device = {"step": "cpu"}  # AdamW counts on the CPU
+        optimizer.state[parameter] = {
+            moment: file[f"{key}.{moment}"].to(device.get(moment, parameter.device))
+            for moment in MOMENTS
+        }
+    torch.set_rng_state(file[GENERATOR])
+    return state["step"]
+
+
+def _differences(before: dict, after: dict, prefix: str = "") -> list[str]:
+    found = []
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} was {old!r}, is {new!r}")
+    return found

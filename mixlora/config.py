@@ -1,0 +1,193 @@
+"""YAML and `a.b=value` overrides -> nested dataclasses, strictly. Knows no field name.
+
+Every value carries the place it came from until its type is checked, so that each error names
+the key and the line. A field whose metadata has `inherits=("x", "y")` holds a list of mappings
+that take the keys x and y of the enclosing mapping where they do not set them themselves.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from mixlora.errors import InputError, did_you_mean
+
+Config = TypeVar("Config")
+
+
+@dataclass
+class Located:
+    """A scalar, or a dict or list of Located, and where it was written."""
+
+    value: Any
+    where: str
+
+
+def load(cls: type[Config], path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """The config in a YAML file, with `a.b=value` overrides (values are YAML) applied in order."""
+    tree = read(path)
+    for override in overrides:
+        _apply(tree, override)
+    return build(cls, tree)
+
+
+def read(path: str | Path) -> Located:
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"config {path}: cannot be read: {error}") from None
+    return _parse(text, str(path)) or Located({}, str(path))
+
+
+def locate(value: Any, where: str) -> Located:
+    """A plain value (from JSON, say) as a tree whose every part was written at `where`."""
+    if isinstance(value, dict):
+        return Located({str(k): locate(v, where) for k, v in value.items()}, where)
+    if isinstance(value, list):
+        return Located([locate(item, where) for item in value], where)
+    return Located(value, where)
+
+
+def to_yaml(config: Any) -> str:
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def build(cls: type[Config], tree: Located, key: str = "") -> Config:
+    """A dataclass from a mapping: unknown, missing and ill-typed keys are errors."""
+    if not isinstance(tree.value, dict):
+        raise InputError(f"{tree.where}: {key or 'the config'} must be a mapping, got {_show(tree)}")
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, node in tree.value.items():
+        if name not in fields:
+            hint = did_you_mean(name, fields)
+            raise InputError(f"{node.where}: unknown key '{_join(key, name)}'{hint}")
+        for inherited in fields[name].metadata.get("inherits", ()):
+            _inherit(node, inherited, tree.value.get(inherited))
+        values[name] = _convert(hints[name], node, _join(key, name))
+    for name, field in fields.items():
+        no_default = field.default is field.default_factory is dataclasses.MISSING
+        if name not in values and no_default:
+            raise InputError(f"{tree.where}: missing key '{_join(key, name)}'")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise InputError(f"{tree.where}: {key + '.' if key else ''}{error}") from None
+
+
+def _convert(kind: Any, node: Located, key: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if node.value is None and type(None) in arguments:
+            return None
+        (kind,) = (argument for argument in arguments if argument is not type(None))
+        return _convert(kind, node, key)
+    if dataclasses.is_dataclass(kind):
+        return build(kind, node, key)
+    if origin is list and isinstance(node.value, list):
+        return [_convert(arguments[0], item, f"{key}.{i}") for i, item in enumerate(node.value)]
+    if origin is Literal and node.value in arguments:
+        return node.value
+    value = node.value
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        value = _number(value)  # YAML 1.1 reads 1e-4 as a string
+    if kind in (bool, int, float, str) and type(value) is kind:
+        if kind is not float or math.isfinite(value):
+            return value
+    wanted = " or ".join(map(str, arguments)) if origin is Literal else _name(kind)
+    raise InputError(f"{node.where}: {key} must be {wanted}, got {_show(node)}")
+
+
+def _apply(tree: Located, override: str) -> None:
+    where = f"command line '{override}'"
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise InputError(f"{where}: an override is written key=value, such as optim.lr=1e-4")
+    *parents, last = path.split(".")
+    for parent in parents:
+        tree = _child(tree, parent, where)
+    _child(tree, last, where)
+    index = int(last) if isinstance(tree.value, list) else last
+    tree.value[index] = _parse(text, where) or Located(None, where)
+
+
+def _child(tree: Located, name: str, where: str) -> Located:
+    if isinstance(tree.value, list):
+        if name.isdigit() and int(name) < len(tree.value):
+            return tree.value[int(name)]
+        raise InputError(f"{where}: '{name}' is no index of a list of {len(tree.value)}")
+    if not isinstance(tree.value, dict):
+        tree.value = {}
+    return tree.value.setdefault(name, Located({}, where))
+
+
+def _inherit(items: Located, name: str, inherited: Located | None) -> None:
+    if inherited is not None and isinstance(items.value, list):
+        for item in items.value:
+            if isinstance(item.value, dict):
+                item.value[name] = _merge(inherited, item.value.get(name))
+
+
+def _merge(base: Located, over: Located | None) -> Located:
+    if over is None:
+        return base
+    if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
+        return over
+    merged = {k: _merge(v, over.value.get(k)) for k, v in base.value.items()}
+    return Located({**merged, **{k: v for k, v in over.value.items() if k not in merged}}, over.where)
+
+
+def _parse(text: str, where: str) -> Located | None:
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        return _locate(node, where) if node else None
+    except yaml.YAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        raise InputError(f"{where}{line}: not YAML: {getattr(error, 'problem', error)}") from None
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply") from None
+
+
+def _locate(node: yaml.Node, source: str) -> Located:
+    multiline = not source.startswith("command line")
+    where = f"{source}:{node.start_mark.line + 1}" if multiline else source
+    if isinstance(node, yaml.SequenceNode):
+        return Located([_locate(item, source) for item in node.value], where)
+    if isinstance(node, yaml.MappingNode):
+        pairs: dict[str, Located] = {}
+        for key, value in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else "(not a name)"
+            line = f"{source}:{key.start_mark.line + 1}" if multiline else source
+            if name in pairs:
+                raise InputError(f"{line}: key '{name}' is written twice")
+            pairs[name] = Located(_locate(value, source).value, line)
+        return Located(pairs, where)
+    return Located(yaml.SafeLoader("").construct_object(node), where)
+
+
+def _number(value: int | str) -> float | int | str:
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return value
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _name(kind: Any) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+    return names.get(kind) or f"a list of {_name(typing.get_args(kind)[0])}"
+
+
+def _show(node: Located) -> str:
+    kinds = {dict: "a mapping", list: "a list", type(None): "nothing"}
+    return kinds.get(type(node.value)) or repr(node.value)

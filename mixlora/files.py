@@ -1,0 +1,119 @@
+"""Files: safetensors and JSON read with every fault named, written whole or not at all.
+
+Tensors are memory-mapped: one is read when it is asked for. Nothing is ever unpickled.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import safetensors
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from mixlora.errors import InputError
+
+Shape = tuple[int, ...]
+
+
+class TensorFile:
+    """One safetensors file: `shapes` by tensor name, `metadata`, and `file[name]` for a tensor."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise InputError(f"{path}: no such file")
+        try:
+            self._file = safetensors.safe_open(self.path, "pt")
+            names = self._file.keys()
+            self.shapes: dict[str, Shape] = {
+                name: tuple(self._file.get_slice(name).get_shape()) for name in names
+            }
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"{path}: not a whole safetensors file: {error}") from None
+        self.metadata: dict[str, str] = self._file.metadata() or {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+
+def check_shapes(
+    found: Mapping[str, Shape],
+    wanted: Mapping[str, Shape],
+    source: str | Path,
+    likely_cause: Callable[[list[str], list[str], list[str]], str] = lambda *_: "",
+) -> None:
+    """One error that lists every missing, unexpected and misshaped tensor, or none.
+
+    `likely_cause(missing, unexpected, misshaped)` may add a sentence.
+    """
+    missing = sorted(wanted.keys() - found.keys())
+    unexpected = sorted(found.keys() - wanted.keys())
+    both = sorted(wanted.keys() & found.keys())
+    misshaped = [name for name in both if tuple(found[name]) != tuple(wanted[name])]
+    if not (missing or unexpected or misshaped):
+        return
+    parts = []
+    if missing:
+        parts.append(f"missing: {', '.join(missing)}")
+    if unexpected:
+        parts.append(f"unexpected: {', '.join(unexpected)}")
+    if misshaped:
+        shapes = [
+            f"{name} must be {list(wanted[name])}, got {list(found[name])}" for name in misshaped
+        ]
+        parts.append(f"misshaped: {', '.join(shapes)}")
+    cause = likely_cause(missing, unexpected, misshaped)
+    counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(misshaped)} misshaped"
+    raise InputError(f"{source}: {counts} tensors; {'; '.join(parts)}{cause and '; ' + cause}")
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    contiguous = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    write_bytes(path, to_bytes(contiguous, metadata={"format": "pt", **(metadata or {})}))
+
+
+def write_json(path: str | Path, value: object) -> None:
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """The file appears whole or not at all, also after a crash: temporary file, fsync, rename."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: str | Path) -> dict:
+    """A JSON object from a file; anything else is an error that names the file and the line."""
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: must hold a JSON object, got {type(value).__name__}")
+    return value

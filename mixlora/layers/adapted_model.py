@@ -1,0 +1,87 @@
+"""What every model family shares: adapters held by name, one of them active."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixlora.errors import InputError, did_you_mean
+from mixlora.layers.context import ForwardContext, Span, spans_of
+from mixlora.layers.router import load_balance_loss
+from mixlora.ops import Routing
+
+
+class AdaptedModel(nn.Module):
+    """Base class of the models; `mixlora.add_adapter` fills in what it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapter_configs: dict[str, Any] = {}  # name -> mixlora.AdapterConfig
+        self.active_adapter: str | None = None  # None = the base model
+        self.name_or_path: str | None = None  # where the base was loaded from
+        self.gradient_checkpointing = False  # one checkpoint per block, in training
+        self._context = ForwardContext(())
+
+    def begin(
+        self,
+        tokens_BS: Tensor,
+        adapters: Sequence[str | None] | None,
+        mask_BS: Tensor | None,
+        **others_BS: Tensor | None,
+    ) -> ForwardContext:
+        """Check a forward's inputs and make its context.
+
+        `adapters` names each row's; None = the active one for all.
+        """
+        if tokens_BS.dim() != 2 or tokens_BS.dtype not in (torch.int64, torch.int32):
+            got = f"{tokens_BS.dtype} {list(tokens_BS.shape)}"
+            raise InputError(f"tokens must be integers [B, S], got {got}")
+        B, S = tokens_BS.shape
+        for name, x_BS in {"mask_BS": mask_BS, **others_BS}.items():
+            if x_BS is not None and x_BS.shape != (B, S):
+                raise InputError(f"{name} must be [B, S] = [{B}, {S}], got {list(x_BS.shape)}")
+            if x_BS is not None and name in ("mask_BS", "select_BS") and x_BS.dtype != torch.bool:
+                raise InputError(f"{name} must be bool, got {x_BS.dtype}")
+        if adapters is None:
+            spans = (Span(self.active_adapter, 0, B),)
+        elif len(adapters) != B:
+            raise InputError(f"adapters must name an adapter for {B} rows, got {len(adapters)}")
+        else:
+            spans = spans_of(adapters)
+        for name in {span.name for span in spans} - {None, *self.adapter_configs}:
+            hint = did_you_mean(name, self.adapter_configs)
+            raise InputError(f"the model has no adapter named {name!r}{hint}")
+        self._context = ForwardContext(spans, mask_BS)
+        return self._context
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within it no dropout and no gradients; afterwards the mode is as before."""
+        training = self.training
+        self.eval()
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            self.train(training)
+
+    def routing(self, name: str) -> list[Routing]:
+        """The last forward's routing of one adapter, layer by layer; empty without a router."""
+        return [routing for (owner, _), routing in self._context.routing.items() if owner == name]
+
+    def router_loss(self, name: str | None = None) -> Tensor:
+        """Auxiliary loss of the last forward, coefficients included (fp32 scalar).
+
+        None sums over the adapters of that forward; 0 where there is no router.
+        """
+        names = [name] if name else sorted({owner for owner, _ in self._context.routing})
+        loss = torch.zeros((), device=next(self.parameters()).device)
+        for owner in names:
+            config, layers = self.adapter_configs[owner], self.routing(owner)
+            if layers and config.router_loss:
+                loss = loss + config.router_aux_loss_coef * load_balance_loss(
+                    layers, config.router_loss_scope
+                )
+        return loss

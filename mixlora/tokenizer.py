@@ -1,0 +1,41 @@
+"""Text <-> token ids, by the checkpoint's own sentencepiece model."""
+
+from pathlib import Path
+
+import sentencepiece
+
+from mixlora.errors import InputError
+
+
+class Tokenizer:
+    """`tokenizer.model` of a checkpoint folder. Ids bos_id and eos_id; padding needs no token."""
+
+    def __init__(self, folder: str | Path) -> None:
+        path = Path(folder) / "tokenizer.model"
+        if not path.is_file():
+            raise InputError(f"{path}: no such file (the tokenizer is a sentencepiece model)")
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise InputError(f"{path}: not a sentencepiece model: {error}") from None
+        self.bos_id, self.eos_id = self._model.bos_id(), self._model.eos_id()
+        self.vocab_size = self._model.vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids with the leading BOS, without EOS."""
+        return [self.bos_id, *self._model.encode(text)]
+
+    def decode(self, tokens: list[int]) -> str:
+        return self._model.decode(tokens)
+
+    def continuation(self, prompt: str, text: str) -> tuple[list[int], list[int]]:
+        """(ids of the prompt, ids that `text` adds to it), the two tokenised as one string.
+
+        A tokenizer may join the prompt's last characters with the text's first; what the prompt
+        alone and the whole have in common is then the prompt.
+        """
+        alone, whole = self.encode(prompt), self.encode(prompt + text)
+        common = 0
+        while common < min(len(alone), len(whole)) and alone[common] == whole[common]:
+            common += 1
+        return whole[:common], whole[common:]

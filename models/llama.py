@@ -1,0 +1,202 @@
+"""LLaMA 1 and 2 (arXiv 2302.13971, 2307.09288), and what shares their architecture.
+
+From config to logits in reading order. Dimensions: B batch, S sequence, D hidden, F ffn,
+V vocabulary, H query heads, G kv heads, C channels per head, L keys. Module names are those of
+the Hugging Face checkpoint, so that weights load with no renaming.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mixlora.errors import InputError
+from mixlora.layers.adapted_model import AdaptedModel
+from mixlora.layers.context import ForwardContext
+from mixlora.layers.kv_cache import KvCache
+from mixlora.layers.lora import Linear
+from mixlora.layers.mixlora_ffn import FeedForward
+from models.common import (
+    RMSNorm,
+    apply_rotary,
+    attention_mask,
+    next_token_loss,
+    positions_of,
+    rotary,
+)
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The fields of config.json that the mathematics reads, under their own names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self) -> None:
+        H, G = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
+        if self.head_dim is None and self.hidden_size % H:
+            raise InputError(
+                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {H}, "
+                "or head_dim must be given"
+            )
+        if H % G:
+            raise InputError(
+                f"num_attention_heads {H} must be a multiple of num_key_value_heads {G}"
+            )
+        object.__setattr__(self, "num_key_value_heads", G)
+        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // H)
+        if self.head_dim % 2:
+            raise InputError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        D, C, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.layer, self.head_dim = layer, C
+        self.q_proj = Linear(D, config.num_attention_heads * C, bias)
+        self.k_proj = Linear(D, config.num_key_value_heads * C, bias)
+        self.v_proj = Linear(D, config.num_key_value_heads * C, bias)
+        self.o_proj = Linear(config.num_attention_heads * C, D, bias)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rope: Tensor,
+        mask_B1SL: Tensor | None,
+        cache: KvCache | None,
+        context: ForwardContext,
+    ) -> Tensor:
+        q_BHSC = apply_rotary(self._heads(self.q_proj(x_BSD, context)), rope)
+        k_BGSC = apply_rotary(self._heads(self.k_proj(x_BSD, context)), rope)
+        v_BGSC = self._heads(self.v_proj(x_BSD, context))
+        if cache is not None:
+            k_BGSC, v_BGSC = cache.append(self.layer, k_BGSC, v_BGSC)
+        y_BHSC = F.scaled_dot_product_attention(
+            q_BHSC, k_BGSC, v_BGSC, mask_B1SL, is_causal=mask_B1SL is None, enable_gqa=True
+        )
+        return self.o_proj(y_BHSC.transpose(1, 2).flatten(2), context)
+
+    def _heads(self, x_BSI: Tensor) -> Tensor:
+        return x_BSI.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(D, eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(D, eps)
+        self.mlp = FeedForward(D, config.intermediate_size, config.hidden_act, config.mlp_bias)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rope: Tensor,
+        mask_B1SL: Tensor | None,
+        cache: KvCache | None,
+        context: ForwardContext,
+    ) -> Tensor:
+        x_BSD = x_BSD + self.self_attn(
+            self.input_layernorm(x_BSD), rope, mask_B1SL, cache, context
+        )
+        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD), context)
+
+
+class Llama(AdaptedModel):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        V, D = config.vocab_size, config.hidden_size
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(V, D),
+                "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
+                "norm": RMSNorm(D, config.rms_norm_eps),
+            }
+        )
+        self.lm_head = nn.Linear(D, V, bias=False)
+        self.tie_weights()
+        self.requires_grad_(False)
+
+    def tie_weights(self) -> None:
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        *,
+        mask_BS: Tensor | None = None,
+        positions_BS: Tensor | None = None,
+        segments_BS: Tensor | None = None,
+        prompt_BS: Tensor | None = None,
+        cache: KvCache | None = None,
+        adapters: Sequence[str | None] | None = None,
+        labels_BS: Tensor | None = None,
+        select_BS: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [B, S, V]; those of the selected positions alone [n, V] with `select_BS`;
+        or, with `labels_BS` (-100 = none), the sum of the labels' losses and their number.
+
+        mask True = real token, padding on either side; positions default to each token's place
+        among the real tokens of its row or segment; segments are document ids of packed rows,
+        which do not see each other; prompt is for adapters that pool it (none here does);
+        adapters names each row's, None = the active one.
+        """
+        context = self.begin(
+            tokens_BS,
+            adapters,
+            mask_BS=mask_BS,
+            positions_BS=positions_BS,
+            segments_BS=segments_BS,
+            labels_BS=labels_BS,
+            select_BS=select_BS,
+        )
+        B, S = tokens_BS.shape
+        if cache is not None:
+            cached_positions_BS = cache.advance(B, S, mask_BS)
+            positions_BS = cached_positions_BS if positions_BS is None else positions_BS
+        elif positions_BS is None:
+            positions_BS = positions_of(tokens_BS, mask_BS, segments_BS)
+        mask_B1SL = attention_mask(mask_BS, segments_BS, cache, S)
+
+        x_BSD = self.model.embed_tokens(tokens_BS)
+        rope = rotary(positions_BS, self.config.head_dim, self.config.rope_theta, x_BSD.dtype)
+        for block in self.model.layers:
+            if self.gradient_checkpointing and self.training:
+                x_BSD = checkpoint(
+                    block, x_BSD, rope, mask_B1SL, cache, context, use_reentrant=False
+                )
+            else:
+                x_BSD = block(x_BSD, rope, mask_B1SL, cache, context)
+        x_BSD = self.model.norm(x_BSD)
+
+        if labels_BS is not None:
+            return next_token_loss(x_BSD, labels_BS, segments_BS, self.lm_head)
+        return self.lm_head(x_BSD if select_BS is None else x_BSD[select_BS])
+
+    def new_cache(self, batch_size: int, max_len: int) -> KvCache:
+        weight = self.model.embed_tokens.weight
+        config = self.config
+        return KvCache(
+            *(config.num_hidden_layers, batch_size, max_len),
+            *(config.num_key_value_heads, config.head_dim, weight.dtype, weight.device),
+        )
