@@ -36,9 +36,7 @@ def main(argv: list[str]) -> int:
     if bool(options.prompt) == bool(options.instruction):
         raise InputError("give either --prompt or --instruction")
     sampling = Sampling(options.temperature, options.top_p, options.seed)
-    texts = options.prompt or [
-        apply_template(options.template, options.instruction, options.input)
-    ]
+    texts = options.prompt or [apply_template(options.template, options.instruction, options.input)]
 
     model = models.load(options.base, getattr(torch, options.dtype), options.device)
     tokenizer = Tokenizer(options.base)

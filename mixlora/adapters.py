@@ -145,7 +145,9 @@ def add_adapter(model: AdaptedModel, config: AdapterConfig, name: str = "default
         for key in ("r", "lora_alpha", "lora_dropout", "use_rslora", "lora_init")
     }
     for _, target, module in sites:
-        if target in config.target_modules and not (config.routing_strategy and target in PROJECTIONS):
+        if target in config.target_modules and not (
+            config.routing_strategy and target in PROJECTIONS
+        ):
             out_features, in_features = module.weight.shape
             module.adapters[name] = Lora(in_features, out_features, **lora).to(device)
     if config.routing_strategy:
@@ -205,7 +207,9 @@ def print_trainable_parameters(model: AdaptedModel) -> None:
         total = sum(groups.values())
         parts = ", ".join(f"{group} {count:,}" for group, count in groups.items() if count)
         share = 100 * total / (base + total)
-        print(f"{name}: {total:,} trainable of {base + total:,} parameters ({share:.2f} %): {parts}")
+        print(
+            f"{name}: {total:,} trainable of {base + total:,} parameters ({share:.2f} %): {parts}"
+        )
 
 
 _ADAPTED = re.compile(r"\.(adapters|mixtures)\.")

@@ -15,7 +15,14 @@ import torch
 
 from mixlora.adapters import adapter_parameters, read_tensors, save_adapter
 from mixlora.errors import InputError
-from mixlora.files import TensorFile, check_shapes, fsync_folder, read_json, write_json, write_tensors
+from mixlora.files import (
+    TensorFile,
+    check_shapes,
+    fsync_folder,
+    read_json,
+    write_json,
+    write_tensors,
+)
 from mixlora.layers.adapted_model import AdaptedModel
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"

@@ -1,7 +1,7 @@
 """The model families, and how a checkpoint becomes a model.
 
-    model = models.load("path/to/checkpoint")       Hugging Face layout: config.json, *.safetensors
-    model = models.new({"model_type": "llama", ...})       the same architecture, random weights
+model = models.load("path/to/checkpoint")       Hugging Face layout: config.json, *.safetensors
+model = models.new({"model_type": "llama", ...})       the same architecture, random weights
 """
 
 import dataclasses
@@ -88,7 +88,9 @@ def _local_folder(path: str | Path) -> Path:
             f"model {path}: no such folder (a hub id needs the package huggingface_hub)"
         ) from None
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.model"]))
+        return Path(
+            snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.model"])
+        )
     except Exception as error:  # the hub's own errors are many; each ends here, with its text
         raise InputError(f"model {path}: no such folder, nor on the hub: {error}") from None
 
@@ -160,9 +162,13 @@ def _weight_files(path: Path) -> tuple[Path, list[TensorFile]]:
     for file in files:
         indexed = {tensor for tensor, name in weight_map.items() if name == file.path.name}
         if wrong := sorted(indexed - file.shapes.keys()):
-            raise InputError(f"{file.path}: lacks tensors the index places there: {', '.join(wrong)}")
+            raise InputError(
+                f"{file.path}: lacks tensors the index places there: {', '.join(wrong)}"
+            )
         if wrong := sorted(file.shapes.keys() - indexed):
-            raise InputError(f"{file.path}: has tensors the index does not place there: {', '.join(wrong)}")
+            raise InputError(
+                f"{file.path}: has tensors the index does not place there: {', '.join(wrong)}"
+            )
     return index_path, files
 
 

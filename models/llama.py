@@ -8,7 +8,6 @@ the Hugging Face checkpoint, so that weights load with no renaming.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -114,9 +113,7 @@ class Block(nn.Module):
         cache: KvCache | None,
         context: ForwardContext,
     ) -> Tensor:
-        x_BSD = x_BSD + self.self_attn(
-            self.input_layernorm(x_BSD), rope, mask_B1SL, cache, context
-        )
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, mask_B1SL, cache, context)
         return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD), context)
 
 

@@ -28,10 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mixlora.ops._switch import use_reference
 from mixlora.ops.grouped_lora import expert_rows
 from mixlora.ops.moe_sort import Plan
 from mixlora.ops.philox import keep_mask
-from mixlora.ops._switch import use_reference
 
 # name -> (function, its backward from the output's gradient and the input)
 ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {

@@ -1,0 +1,122 @@
+"""What a person reads after a run: a table of accuracies, and one picture."""
+
+import json
+from pathlib import Path
+
+from mixlora.errors import InputError
+from mixlora.evaluation import TaskResult
+
+
+def accuracy_table(results: dict[str, dict[str, TaskResult]]) -> str:
+    """One line per task: rows, majority rate, and each model's accuracy with standard error, in %.
+
+    Under it, for each model, how often it gave each label.
+    """
+    tasks = list(next(iter(results.values())))
+    columns = ["task", "rows", "majority", *results]
+    lines = [columns]
+    for task in tasks:
+        first = next(iter(results.values()))[task]
+        accuracies = [
+            f"{100 * r[task].accuracy:.1f} ± {100 * r[task].stderr:.1f}" for r in results.values()
+        ]
+        lines.append([task, str(first.num_rows), f"{100 * first.majority:.1f}", *accuracies])
+    if len(tasks) > 1:
+        means = [
+            f"{100 * sum(r[task].accuracy for task in tasks) / len(tasks):.1f}"
+            for r in results.values()
+        ]
+        lines.append(["average", "", "", *means])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    text = [
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines
+    ]
+    text.append("predictions:")
+    for name, by_task in results.items():
+        counts = [
+            f"{task} {' '.join(f'{label}:{n}' for label, n in by_task[task].predictions.items())}"
+            for task in tasks
+        ]
+        text.append(f"  {name}: {'; '.join(counts)}")
+    for task in tasks:
+        if cut := next(iter(results.values()))[task].num_truncated:
+            text.append(f"  {task}: {cut} prompts lost their beginning to the model's length")
+    return "\n".join(line.rstrip() for line in text)
+
+
+def require_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError(
+            "run.plot needs matplotlib: pip install matplotlib, or set run.plot=false"
+        ) from None
+
+
+def plot_run(
+    path: Path, metrics: dict[str, Path], results: dict[str, dict[str, TaskResult]]
+) -> None:
+    """Loss curves, accuracy per task, and expert load per layer of each mixture, as one PNG."""
+    require_matplotlib()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    curves = {name: [json.loads(line) for line in open(file)] for name, file in metrics.items()}
+    loads = {
+        name: _mean_load(steps)
+        for name, steps in curves.items()
+        if steps and steps[-1]["expert_load"]
+    }
+    panels = 1 + bool(results) + len(loads)
+    figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 4), layout="constrained")
+    axes = iter([axes] if panels == 1 else axes)
+
+    axis = next(axes)
+    for name, steps in curves.items():
+        axis.plot([s["step"] for s in steps], _smooth([s["loss"] for s in steps]), label=name)
+    axis.set(
+        title="training loss (running mean of 10)", xlabel="step", ylabel="nats per label token"
+    )
+    axis.legend()
+
+    if results:
+        axis = next(axes)
+        width = 0.8 / len(results)
+        tasks = list(next(iter(results.values())))
+        for i, (name, by_task) in enumerate(results.items()):
+            places = [x + i * width for x in range(len(tasks))]
+            heights = [100 * by_task[task].accuracy for task in tasks]
+            errors = [100 * by_task[task].stderr for task in tasks]
+            axis.bar(places, heights, width, yerr=errors, label=name, align="edge", capsize=2)
+        for x, task in enumerate(tasks):
+            majority = 100 * next(iter(results.values()))[task].majority
+            label = "majority rate" if x == 0 else None
+            axis.hlines(majority, x, x + 0.8, colors="black", linestyles="dotted", label=label)
+        axis.set_xticks([x + 0.4 for x in range(len(tasks))], tasks, rotation=30, ha="right")
+        axis.set(title="accuracy ± standard error", ylabel="%", ylim=(0, 105))
+        axis.legend(fontsize="small", loc="lower right")
+
+    for name, load in loads.items():
+        axis = next(axes)
+        image = axis.imshow(load, aspect="auto", vmin=0, vmax=max(map(max, load)))
+        axis.set(title=f"expert load, {name} (even: {1 / len(load[0]):.3f})")
+        axis.set(xlabel="expert", ylabel="layer")
+        figure.colorbar(image, ax=axis, label="share of selections")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _smooth(values: list[float], window: int = 10) -> list[float]:
+    windows = (values[max(0, i + 1 - window) : i + 1] for i in range(len(values)))
+    return [sum(w) / len(w) for w in windows]
+
+
+def _mean_load(steps: list[dict]) -> list[list[float]]:
+    """[layer][expert], over the last fifth of the steps."""
+    last = [step["expert_load"] for step in steps[-max(1, len(steps) // 5) :]]
+    return [
+        [sum(column) / len(last) for column in zip(*(step[layer] for step in last), strict=True)]
+        for layer in range(len(last[0]))
+    ]

@@ -1,0 +1,316 @@
+"""Fine-tune adapters on tasks: `python train.py --config configs/quickstart.yaml [a.b=value ...]`
+
+One YAML file says everything (docs/config.md). A run leaves in `run.dir`:
+
+    config.yaml                     the settings in full
+    <adapter>/metrics.jsonl         a line per step
+    <adapter>/checkpoints/step-N/   what --resume goes on from
+    <adapter>/adapter/              the trained adapter
+    results.json, summary.png       accuracies of the base and of every adapter, and a picture
+"""
+
+import dataclasses
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import mixlora
+import models
+from evaluate import evaluate
+from mixlora import config as configs
+from mixlora.adapters import AdapterConfig, adapter_parameters
+from mixlora.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from mixlora.data import (
+    DataConfig,
+    Dataset,
+    collate,
+    load_dataset,
+    samples_of_step,
+    steps_per_epoch,
+)
+from mixlora.errors import ArgumentParser, InputError, command
+from mixlora.evaluation import PROTOCOLS
+from mixlora.files import write_bytes, write_json
+from mixlora.layers.adapted_model import AdaptedModel
+from mixlora.metrics import MetricsLog, Progress, routing_metrics
+from mixlora.optim import OptimConfig, lr_at, make_optimizer, set_lr
+from mixlora.report import accuracy_table, plot_run, require_matplotlib
+from mixlora.tasks import load_examples
+from mixlora.tokenizer import Tokenizer
+
+
+@dataclass
+class ModelConfig:
+    base: str  # checkpoint folder
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen base; adapters are float32
+    device: str = "auto"  # auto: cuda where there is one, else cpu
+
+
+@dataclass
+class LoopConfig:
+    steps: int | None = None  # optimizer steps; either this or epochs
+    epochs: int | None = None
+    batch_size: int = 16  # samples per optimizer step
+    micro_batch_size: int | None = None  # samples per forward; None = batch_size
+    max_seq_len: int = 512  # longer prompts lose their beginning
+    gradient_checkpointing: bool = False  # per block: less memory, one more forward
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise InputError("steps or epochs must be given, and not both")
+        for key in ("steps", "epochs", "batch_size", "micro_batch_size", "max_seq_len"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise InputError(f"{key} must be >= 1, got {getattr(self, key)}")
+
+
+@dataclass
+class EvalConfig:
+    tasks: list[str] = field(default_factory=list)  # before and after training; [] = none
+    protocol: Literal[PROTOCOLS] = PROTOCOLS[0]
+    batch_size: int = 32
+    max_rows: int | None = None  # of each task, from its beginning; None = all
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "max_rows"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise InputError(f"{key} must be >= 1, got {getattr(self, key)}")
+
+
+@dataclass
+class RunConfig:
+    dir: str
+    seed: int = 0
+    overwrite: bool = False  # delete an earlier run in dir
+    save_every_steps: int = 500  # the last step is always saved
+    keep_last: int = 2  # checkpoints
+    plot: bool = True  # summary.png, by matplotlib
+
+    def __post_init__(self) -> None:
+        for key in ("save_every_steps", "keep_last"):
+            if getattr(self, key) < 1:
+                raise InputError(f"{key} must be >= 1, got {getattr(self, key)}")
+
+
+@dataclass
+class AdapterRun:
+    """One of several adapters; what it leaves out it takes from the top level."""
+
+    name: str
+    train: LoopConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+INHERITED = ("adapter", "data", "optim", "train")
+
+
+@dataclass
+class TrainConfig:
+    model: ModelConfig
+    run: RunConfig
+    train: LoopConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    # several adapters, trained one after the other; [] = one, named "default"
+    adapters: list[AdapterRun] = field(default_factory=list, metadata={"inherits": INHERITED})
+
+    def __post_init__(self) -> None:
+        names = [run.name for run in self.adapters]
+        if len(set(names)) < len(names):
+            raise InputError(f"adapters must have names of their own, got {', '.join(names)}")
+
+    def runs(self) -> list[AdapterRun]:
+        own = {key: getattr(self, key) for key in INHERITED}
+        return self.adapters or [AdapterRun("default", **own)]
+
+
+@command
+def main(argv: list[str]) -> int:
+    parser = ArgumentParser(description="Fine-tune adapters on tasks.")
+    parser.add_argument("--config", required=True, help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that win")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in run.dir")
+    parser.add_argument("--print-config", action="store_true", help="print all settings and stop")
+    options = parser.parse_intermixed_args(argv)
+    config = configs.load(TrainConfig, options.config, options.overrides)
+    if options.print_config:
+        print(configs.to_yaml(config), end="")
+        return 0
+
+    # Everything that can be wrong is found before anything is written or trained.
+    if config.run.plot:
+        require_matplotlib()
+    torch.manual_seed(config.run.seed)
+    examples = {
+        task: load_examples(config.data.dir, task)[: config.eval.max_rows]
+        for task in config.eval.tasks
+    }
+    device = config.model.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = models.load(config.model.base, getattr(torch, config.model.dtype), device)
+    tokenizer = Tokenizer(config.model.base)
+    datasets = [load_dataset(r.data, tokenizer, r.train.max_seq_len) for r in config.runs()]
+    for run in config.runs():
+        if run.train.max_seq_len > model.config.max_position_embeddings:
+            raise InputError(
+                f"train.max_seq_len {run.train.max_seq_len} exceeds the model's "
+                f"max_position_embeddings {model.config.max_position_embeddings}"
+            )
+    folder = open_run_folder(config, options.resume)
+
+    results = {}
+    if examples:
+        results["base"], _ = evaluate(model, tokenizer, examples, config.eval.batch_size)
+    for run, dataset in zip(config.runs(), datasets, strict=True):
+        fine_tune(model, config, run, dataset, folder / run.name, options.resume)
+        if examples:
+            results[run.name], _ = evaluate(model, tokenizer, examples, config.eval.batch_size)
+        mixlora.remove_adapter(model, run.name)
+    report(config, folder, results)
+    return 0
+
+
+def fine_tune(
+    model: AdaptedModel,
+    config: TrainConfig,
+    run: AdapterRun,
+    dataset: Dataset,
+    folder: Path,
+    resume: bool,
+) -> None:
+    """Train one adapter. The loss of a step is that of all its label tokens, whatever the cut."""
+    torch.manual_seed(config.run.seed)
+    mixlora.add_adapter(model, run.adapter, run.name)
+    mixlora.print_trainable_parameters(model)
+    samples, batch_size = dataset.samples, run.train.batch_size
+    print(
+        f"{run.name}: {len(samples)} samples, {dataset.num_truncated} prompts truncated, "
+        f"{dataset.num_skipped} skipped (answer longer than train.max_seq_len)"
+    )
+    parameters = adapter_parameters(model, run.name)
+    optimizer = make_optimizer(parameters, run.optim, run.adapter.loraplus_lr_ratio)
+    epoch_steps = steps_per_epoch(len(samples), batch_size)
+    num_steps = run.train.steps or run.train.epochs * epoch_steps
+    settings = {**dataclasses.asdict(run), "model": dataclasses.asdict(config.model)}
+    settings["seed"] = config.run.seed
+
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = checkpoints(folder / "checkpoints") if resume else []
+    first = load_checkpoint(saved[-1], model, run.name, optimizer, settings) if saved else 0
+    if resume:
+        print(f"{run.name}: goes on after step {first} of {num_steps}")
+    log = MetricsLog(folder / "metrics.jsonl", first)
+    progress = Progress(f"train {run.name}", num_steps, "steps", first)
+    model.train()
+    model.gradient_checkpointing = run.train.gradient_checkpointing
+
+    for step in range(first, num_steps):
+        began = time.perf_counter()
+        indices = samples_of_step(step, len(samples), batch_size, config.run.seed)
+        chosen = [samples[i] for i in indices]
+        num_labels = sum(len(sample.tokens) - sample.num_prompt for sample in chosen)
+        micro = run.train.micro_batch_size or batch_size
+        batches = [
+            collate(chosen[i : i + micro], device_of(model)) for i in range(0, len(chosen), micro)
+        ]
+
+        loss = router_loss = 0.0
+        for tokens_BS, mask_BS, labels_BS in batches:
+            loss_sum, _ = model(tokens_BS, mask_BS=mask_BS, labels_BS=labels_BS)
+            micro_loss = loss_sum / num_labels
+            micro_router_loss = model.router_loss() / len(batches)
+            (micro_loss + micro_router_loss).backward()
+            loss += micro_loss.item()
+            router_loss += micro_router_loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(
+            parameters.values(), run.optim.max_grad_norm or float("inf")
+        )
+        if not torch.isfinite(norm):
+            raise InputError(
+                f"{run.name}: step {step + 1}: the gradient is not finite (loss {loss}); no weight "
+                f"was changed in this step, checkpoints are in {folder / 'checkpoints'}"
+            )
+        lr = lr_at(step, num_steps, run.optim)
+        set_lr(optimizer, lr)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        num_tokens = sum(len(sample.tokens) for sample in chosen)
+        speed = num_tokens / (time.perf_counter() - began)
+        log.write(
+            step=step + 1,
+            loss=loss,
+            router_loss=router_loss,
+            lr=lr,
+            grad_norm=norm.item(),
+            tokens_per_second=round(speed, 1),
+            **routing_metrics(model.routing(run.name)),
+        )
+        progress.advance(loss=f"{loss:.4f}", tokens_per_s=f"{speed:.0f}")
+        if (step + 1) % config.run.save_every_steps == 0 or step + 1 == num_steps:
+            save_checkpoint(
+                folder / "checkpoints",
+                step + 1,
+                model,
+                run.name,
+                optimizer,
+                settings,
+                config.run.keep_last,
+            )
+    progress.close()
+    log.close()
+    mixlora.save_adapter(model, folder / "adapter", run.name)
+
+
+def device_of(model: AdaptedModel) -> torch.device:
+    return next(model.parameters()).device
+
+
+def open_run_folder(config: TrainConfig, resume: bool) -> Path:
+    """run.dir with the settings written into it; another run in it is never touched unasked."""
+    folder = Path(config.run.dir)
+    settings = folder / "config.yaml"
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"run.dir {folder} is a file")
+    if resume and not settings.is_file():
+        raise InputError(f"--resume: there is no run in run.dir {folder}")
+    if not resume and folder.is_dir() and any(folder.iterdir()):
+        if not settings.is_file():
+            raise InputError(f"run.dir {folder} is not empty, and what it holds is no run")
+        if not config.run.overwrite:
+            raise InputError(
+                f"run.dir {folder} holds a run: --resume goes on with it, run.overwrite=true "
+                "deletes it"
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(settings, configs.to_yaml(config).encode())
+    return folder
+
+
+def report(config: TrainConfig, folder: Path, results: dict) -> None:
+    """The table on the screen, results.json, and the picture."""
+    described = {
+        name: {task: dataclasses.asdict(result) for task, result in by_task.items()}
+        for name, by_task in results.items()
+    }
+    write_json(folder / "results.json", {"protocol": config.eval.protocol, "results": described})
+    if results:
+        print(accuracy_table(results))
+    if config.run.plot:
+        metrics = {run.name: folder / run.name / "metrics.jsonl" for run in config.runs()}
+        plot_run(folder / "summary.png", metrics, results)
+    print(f"the run is in {folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
