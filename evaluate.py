@@ -7,7 +7,6 @@ python evaluate.py --base DIR [--adapter DIR] --tasks arc-e,boolq [--data DIR]
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,13 +14,10 @@ import torch
 import mixlora
 import models
 from mixlora.errors import ArgumentParser, InputError, command
-from mixlora.evaluation import PROTOCOLS, Row, TaskResult, score, summarize
+from mixlora.evaluation import PROTOCOLS, Row, evaluate
 from mixlora.files import write_bytes, write_json
-from mixlora.layers.adapted_model import AdaptedModel
-from mixlora.metrics import Progress
 from mixlora.report import accuracy_table
 from mixlora.tasks import load_examples
-from mixlora.tasks.choice import Example
 from mixlora.tokenizer import Tokenizer
 
 
@@ -71,25 +67,6 @@ def main(argv: list[str]) -> int:
         settings = {key: getattr(options, key) for key in ("protocol", "base", "adapter", "dtype")}
         write_json(options.output, {**settings, "tasks": described})
     return 0
-
-
-def evaluate(
-    model: AdaptedModel,
-    tokenizer: Tokenizer,
-    examples: dict[str, Sequence[Example]],
-    batch_size: int,
-) -> tuple[dict[str, TaskResult], dict[str, list[Row]]]:
-    """Every task's result and scored rows, with progress."""
-    results, rows = {}, {}
-    for task in examples:
-        progress = Progress(f"evaluate {task}", len(examples[task]), "rows")
-        limit = model.config.max_position_embeddings
-        rows[task], num_truncated = score(
-            model, tokenizer, examples[task], batch_size, limit, progress.advance
-        )
-        progress.close()
-        results[task] = summarize(task, rows[task], num_truncated)
-    return results, rows
 
 
 def describe(row: Row) -> dict:

@@ -21,7 +21,6 @@ import torch
 
 import mixlora
 import models
-from evaluate import evaluate
 from mixlora import config as configs
 from mixlora.adapters import AdapterConfig, adapter_parameters
 from mixlora.checkpoint import checkpoints, load_checkpoint, save_checkpoint
@@ -34,7 +33,7 @@ from mixlora.data import (
     steps_per_epoch,
 )
 from mixlora.errors import ArgumentParser, InputError, command
-from mixlora.evaluation import PROTOCOLS
+from mixlora.evaluation import PROTOCOLS, evaluate
 from mixlora.files import write_bytes, write_json
 from mixlora.layers.adapted_model import AdaptedModel
 from mixlora.metrics import MetricsLog, Progress, routing_metrics
@@ -191,6 +190,7 @@ def fine_tune(
     torch.manual_seed(config.run.seed)
     mixlora.add_adapter(model, run.adapter, run.name)
     mixlora.print_trainable_parameters(model)
+    device = next(model.parameters()).device
     samples, batch_size = dataset.samples, run.train.batch_size
     print(
         f"{run.name}: {len(samples)} samples, {dataset.num_truncated} prompts truncated, "
@@ -219,9 +219,8 @@ def fine_tune(
         chosen = [samples[i] for i in indices]
         num_labels = sum(len(sample.tokens) - sample.num_prompt for sample in chosen)
         micro = run.train.micro_batch_size or batch_size
-        batches = [
-            collate(chosen[i : i + micro], device_of(model)) for i in range(0, len(chosen), micro)
-        ]
+        parts = [chosen[i : i + micro] for i in range(0, len(chosen), micro)]
+        batches = [collate(part, device) for part in parts]
 
         loss = router_loss = 0.0
         for tokens_BS, mask_BS, labels_BS in batches:
@@ -269,10 +268,6 @@ def fine_tune(
     progress.close()
     log.close()
     mixlora.save_adapter(model, folder / "adapter", run.name)
-
-
-def device_of(model: AdaptedModel) -> torch.device:
-    return next(model.parameters()).device
 
 
 def open_run_folder(config: TrainConfig, resume: bool) -> Path:

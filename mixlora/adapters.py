@@ -37,6 +37,7 @@ FOREIGN_KEYS = set(
     "top_p temperature expert_capacity sparse_step ffn_dropout router_z_loss_coef "
     "expert_lora".split()
 )
+ADAPTED = re.compile(r"\.(adapters|mixtures)\.")  # in the names of adapters' parameters
 DESCRIPTIVE_KEYS = set(
     "auto_mapping inference_mode init_lora_weights megatron_core peft_version revision "
     "qalora_group_size name task_name".split()
@@ -144,10 +145,9 @@ def add_adapter(model: AdaptedModel, config: AdapterConfig, name: str = "default
         key: getattr(config, key)
         for key in ("r", "lora_alpha", "lora_dropout", "use_rslora", "lora_init")
     }
+    experts = PROJECTIONS if config.routing_strategy else ()  # what becomes a mixture
     for _, target, module in sites:
-        if target in config.target_modules and not (
-            config.routing_strategy and target in PROJECTIONS
-        ):
+        if target in config.target_modules and target not in experts:
             out_features, in_features = module.weight.shape
             module.adapters[name] = Lora(in_features, out_features, **lora).to(device)
     if config.routing_strategy:
@@ -197,7 +197,7 @@ def adapter_parameters(model: AdaptedModel, name: str = "default") -> dict[str, 
 
 
 def print_trainable_parameters(model: AdaptedModel) -> None:
-    base = sum(p.numel() for key, p in model.named_parameters() if not _ADAPTED.search(key))
+    base = sum(p.numel() for key, p in model.named_parameters() if not ADAPTED.search(key))
     for name in model.adapter_configs:
         parameters = adapter_parameters(model, name)
         groups = {"routers": 0, "experts": 0, "LoRA": 0}
@@ -207,12 +207,7 @@ def print_trainable_parameters(model: AdaptedModel) -> None:
         total = sum(groups.values())
         parts = ", ".join(f"{group} {count:,}" for group, count in groups.items() if count)
         share = 100 * total / (base + total)
-        print(
-            f"{name}: {total:,} trainable of {base + total:,} parameters ({share:.2f} %): {parts}"
-        )
-
-
-_ADAPTED = re.compile(r"\.(adapters|mixtures)\.")
+        print(f"{name}: {total:,} of {base + total:,} parameters train ({share:.2f} %): {parts}")
 
 
 def save_adapter(model: AdaptedModel, directory: str | Path, name: str = "default") -> None:

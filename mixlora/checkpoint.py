@@ -45,7 +45,7 @@ def save_checkpoint(
     settings: dict,
     keep_last: int,
 ) -> None:
-    """`step` optimizer steps are done. Older checkpoints than the `keep_last` newest are deleted."""
+    """`step` optimizer steps are done. All but the `keep_last` newest checkpoints are deleted."""
     final = folder / f"step-{step:06d}"
     temporary = folder / f".{final.name}.tmp"
     for leftover in (temporary, final):

@@ -61,9 +61,8 @@ def to_yaml(config: Any) -> str:
 def build(cls: type[Config], tree: Located, key: str = "") -> Config:
     """A dataclass from a mapping: unknown, missing and ill-typed keys are errors."""
     if not isinstance(tree.value, dict):
-        raise InputError(
-            f"{tree.where}: {key or 'the config'} must be a mapping, got {_show(tree)}"
-        )
+        name = key or "the config"
+        raise InputError(f"{tree.where}: {name} must be a mapping, got {_show(tree)}")
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     hints = typing.get_type_hints(cls)
     values = {}
@@ -142,10 +141,8 @@ def _merge(base: Located, over: Located | None) -> Located:
         return base
     if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
         return over
-    merged = {k: _merge(v, over.value.get(k)) for k, v in base.value.items()}
-    return Located(
-        {**merged, **{k: v for k, v in over.value.items() if k not in merged}}, over.where
-    )
+    merged = {name: _merge(node, over.value.get(name)) for name, node in base.value.items()}
+    return Located({**over.value, **merged}, over.where)
 
 
 def _parse(text: str, where: str) -> Located | None:

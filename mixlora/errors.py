@@ -9,7 +9,7 @@ from typing import NoReturn
 
 
 class InputError(ValueError):
-    """A wrong key, value or file. Its text is one line: what was wanted, what was got, and where."""
+    """A wrong key, value or file. The text is one line: what was wanted, what was got, where."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

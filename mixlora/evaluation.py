@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mixlora.data import truncate
 from mixlora.layers.adapted_model import AdaptedModel
+from mixlora.metrics import Progress
 from mixlora.tasks.choice import Example
 from mixlora.tokenizer import Tokenizer
 
@@ -51,6 +52,25 @@ class _Query(NamedTuple):
     tokens: list[int]
     first: int  # logits from this position on are wanted
     wanted: list[tuple[int, int, list[int]]]  # (example, label, the label's tokens)
+
+
+def evaluate(
+    model: AdaptedModel,
+    tokenizer: Tokenizer,
+    examples: dict[str, Sequence[Example]],
+    batch_size: int,
+) -> tuple[dict[str, TaskResult], dict[str, list[Row]]]:
+    """Every task's result and scored rows, with progress."""
+    results, rows = {}, {}
+    for task in examples:
+        progress = Progress(f"evaluate {task}", len(examples[task]), "rows")
+        limit = model.config.max_position_embeddings
+        rows[task], num_truncated = score(
+            model, tokenizer, examples[task], batch_size, limit, progress.advance
+        )
+        progress.close()
+        results[task] = summarize(task, rows[task], num_truncated)
+    return results, rows
 
 
 def score(

@@ -20,10 +20,8 @@ class MetricsLog:
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
         lines = path.read_text().splitlines(keepends=True) if path.exists() and first_step else []
-        kept = [
-            line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step
-        ]
-        path.write_text("".join(kept))
+        whole = [line for line in lines if line.endswith("\n")]
+        path.write_text("".join(x for x in whole if json.loads(x)["step"] <= first_step))
         self._file = open(path, "a", encoding="utf-8")
 
     def write(self, **values: Any) -> None:

@@ -28,9 +28,7 @@ def accuracy_table(results: dict[str, dict[str, TaskResult]]) -> str:
         ]
         lines.append(["average", "", "", *means])
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    text = [
-        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines
-    ]
+    text = ["  ".join(map(str.ljust, line, widths)) for line in lines]
     text.append("predictions:")
     for name, by_task in results.items():
         counts = [
@@ -64,11 +62,8 @@ def plot_run(
     from matplotlib import pyplot as plt
 
     curves = {name: [json.loads(line) for line in open(file)] for name, file in metrics.items()}
-    loads = {
-        name: _mean_load(steps)
-        for name, steps in curves.items()
-        if steps and steps[-1]["expert_load"]
-    }
+    routed = {name: steps for name, steps in curves.items() if steps and steps[-1]["expert_load"]}
+    loads = {name: _mean_load(steps) for name, steps in routed.items()}
     panels = 1 + bool(results) + len(loads)
     figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 4), layout="constrained")
     axes = iter([axes] if panels == 1 else axes)

@@ -1,4 +1,4 @@
-"""Prompt templates: an instruction, and an input to it or none -> the text the model goes on from."""
+"""Prompt templates: an instruction, and an input to it or none -> the text to go on from."""
 
 from mixlora.errors import InputError, did_you_mean
 

@@ -88,9 +88,8 @@ def _local_folder(path: str | Path) -> Path:
             f"model {path}: no such folder (a hub id needs the package huggingface_hub)"
         ) from None
     try:
-        return Path(
-            snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.model"])
-        )
+        wanted = ["*.json", "*.safetensors", "*.model"]
+        return Path(snapshot_download(str(path), allow_patterns=wanted))
     except Exception as error:  # the hub's own errors are many; each ends here, with its text
         raise InputError(f"model {path}: no such folder, nor on the hub: {error}") from None
 
@@ -161,14 +160,7 @@ def _weight_files(path: Path) -> tuple[Path, list[TensorFile]]:
     files = [TensorFile(path / name) for name in names]
     for file in files:
         indexed = {tensor for tensor, name in weight_map.items() if name == file.path.name}
-        if wrong := sorted(indexed - file.shapes.keys()):
-            raise InputError(
-                f"{file.path}: lacks tensors the index places there: {', '.join(wrong)}"
-            )
-        if wrong := sorted(file.shapes.keys() - indexed):
-            raise InputError(
-                f"{file.path}: has tensors the index does not place there: {', '.join(wrong)}"
-            )
+        check_shapes(file.shapes, {name: file.shapes.get(name, ()) for name in indexed}, file.path)
     return index_path, files
 
 

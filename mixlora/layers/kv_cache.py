@@ -38,7 +38,7 @@ class KvCache:
             raise InputError(f"the cache was made for {B} rows, got {batch_size}")
         if self.length + num_new > max_len:
             raise InputError(
-                f"the cache holds {max_len} tokens: {self.length} are taken, {num_new} more do not fit"
+                f"the cache holds {max_len} tokens: {self.length} are taken, {num_new} do not fit"
             )
         self.length += num_new
         new_BS = self.real_BL[:, self.length - num_new : self.length]

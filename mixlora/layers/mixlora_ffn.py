@@ -64,7 +64,7 @@ class FeedForward(nn.Module):
 
 
 class Experts(nn.Module):
-    """The LoRA pairs of all experts of one projection, stacked: every one is always in the graph."""
+    """One projection's LoRA pairs of all experts, stacked: each is always in the graph."""
 
     def __init__(self, base: Linear, num_experts: int, r: int, lora_init: str) -> None:
         super().__init__()

@@ -3,8 +3,8 @@
     x_ND[n]  = x_TD[row_slot_N[n] div K]          (0 in the tail, where row_slot_N[n] = -1)
     dx_TD[t] = sum_k dx_ND[slot_row_TK[t, k]]     (empty slots add nothing)
 
-With the plan of `moe_sort` for T=3, K=2, experts (0,2) (1,2) (0,1): row_slot_N = [0, 4, 2, 5, 1, 3],
-so x_ND holds the tokens 0, 2, 1, 2, 0, 1. Any dtype. T may be 0.
+T=3, K=2, experts (0,2) (1,2) (0,1): row_slot_N = [0, 4, 2, 5, 1, 3], so x_ND holds the tokens
+0, 2, 1, 2, 0, 1. Any dtype. T may be 0.
 """
 
 from torch import Tensor

@@ -1,6 +1,6 @@
 """Sum the rows of a token's experts, weighted: the way back from `moe_gather`.
 
-    y_TD[t]          = sum_k weight_TK[t, k] * y_ND[slot_row_TK[t, k]]      in slot order, fp32 inside
+    y_TD[t]          = sum_k weight_TK[t, k] * y_ND[slot_row_TK[t, k]]     in slot order, in fp32
     dy_ND[n]         = weight_TK[slot] * dy_TD[slot div K],  slot = row_slot_N[n]
     dweight_TK[t, k] = <dy_TD[t], y_ND[slot_row_TK[t, k]]>
 

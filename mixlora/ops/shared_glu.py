@@ -103,9 +103,8 @@ def shared_glu_ref(
 
 class _SharedGlu(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, gate_TF, up_TF, a_gate_TKR, a_up_TKR, b_gate_EFR, b_up_EFR, a_down_ERF, plan, weight_TK, *options
-    ):  # fmt: skip
+    def forward(ctx, gate_TF, up_TF, a_gate_TKR, a_up_TKR, b_gate_EFR, b_up_EFR, a_down_ERF, *rest):
+        plan, weight_TK, *options = rest
         tensors = gate_TF, up_TF, a_gate_TKR, a_up_TKR, b_gate_EFR, b_up_EFR, a_down_ERF, weight_TK
         ctx.save_for_backward(*tensors)
         ctx.plan, ctx.options = plan, options
