@@ -9,6 +9,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -18,6 +19,9 @@ import yaml
 from mixlora.errors import InputError, did_you_mean
 
 Config = TypeVar("Config")
+
+PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+MAX_NODES = 100_000  # aliases of aliases of aliases can stand for more than any memory holds
 
 
 @dataclass
@@ -80,7 +84,8 @@ def build(cls: type[Config], tree: Located, key: str = "") -> Config:
     try:
         return cls(**values)
     except ValueError as error:
-        raise InputError(f"{tree.where}: {key + '.' if key else ''}{error}") from None
+        place = tree.value.get(str(error).partition(" ")[0], tree)  # a check names its key first
+        raise InputError(f"{place.where}: {key + '.' if key else ''}{error}") from None
 
 
 def _convert(kind: Any, node: Located, key: str) -> Any:
@@ -100,7 +105,7 @@ def _convert(kind: Any, node: Located, key: str) -> Any:
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         value = _number(value)  # YAML 1.1 reads 1e-4 as a string
     if kind in (bool, int, float, str) and type(value) is kind:
-        if kind is not float or math.isfinite(value):
+        if _is_sound(value):
             return value
     wanted = " or ".join(map(str, arguments)) if origin is Literal else _name(kind)
     raise InputError(f"{node.where}: {key} must be {wanted}, got {_show(node)}")
@@ -121,7 +126,7 @@ def _apply(tree: Located, override: str) -> None:
 
 def _child(tree: Located, name: str, where: str) -> Located:
     if isinstance(tree.value, list):
-        if name.isdigit() and int(name) < len(tree.value):
+        if name in map(str, range(len(tree.value))):
             return tree.value[int(name)]
         raise InputError(f"{where}: '{name}' is no index of a list of {len(tree.value)}")
     if not isinstance(tree.value, dict):
@@ -148,19 +153,25 @@ def _merge(base: Located, over: Located | None) -> Located:
 def _parse(text: str, where: str) -> Located | None:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        return _locate(node, where) if node else None
+        return _locate(node, where, iter(range(MAX_NODES))) if node else None
     except yaml.YAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        raise InputError(f"{where}{line}: not YAML: {getattr(error, 'problem', error)}") from None
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark and not where.startswith("command line") else ""
+        problem = getattr(error, "problem", None) or error
+        raise InputError(f"{where}{line}: not YAML: {problem}") from None
     except RecursionError:
         raise InputError(f"{where}: nested too deeply") from None
 
 
-def _locate(node: yaml.Node, source: str) -> Located:
+def _locate(node: yaml.Node, source: str, budget: Iterator[int]) -> Located:
     multiline = not source.startswith("command line")
     where = f"{source}:{node.start_mark.line + 1}" if multiline else source
+    if next(budget, None) is None:
+        raise InputError(f"{where}: more than {MAX_NODES} values")
+    if isinstance(node, yaml.CollectionNode) and node.tag not in PLAIN_TAGS:
+        raise InputError(f"{where}: the tag {node.tag} is not supported")
     if isinstance(node, yaml.SequenceNode):
-        return Located([_locate(item, source) for item in node.value], where)
+        return Located([_locate(item, source, budget) for item in node.value], where)
     if isinstance(node, yaml.MappingNode):
         pairs: dict[str, Located] = {}
         for key, value in node.value:
@@ -168,9 +179,22 @@ def _locate(node: yaml.Node, source: str) -> Located:
             line = f"{source}:{key.start_mark.line + 1}" if multiline else source
             if name in pairs:
                 raise InputError(f"{line}: key '{name}' is written twice")
-            pairs[name] = Located(_locate(value, source).value, line)
+            pairs[name] = Located(_locate(value, source, budget).value, line)
         return Located(pairs, where)
-    return Located(yaml.SafeLoader("").construct_object(node), where)
+    try:
+        return Located(yaml.SafeLoader("").construct_object(node), where)
+    except yaml.YAMLError:
+        raise
+    except Exception:  # PyYAML's readers of numbers and dates raise whatever comes
+        kind = node.tag.rpartition(":")[2]
+        raise InputError(f"{where}: {node.value[:40]!r} is no {kind}") from None
+
+
+def _is_sound(value: bool | int | float | str) -> bool:
+    """Finite, of 64 bits, without NUL and halves of surrogate pairs, which no file name has."""
+    if isinstance(value, str):
+        return not any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in value)
+    return math.isfinite(value) if isinstance(value, float) else value.bit_length() < 64
 
 
 def _number(value: int | str) -> float | int | str:
@@ -191,4 +215,9 @@ def _name(kind: Any) -> str:
 
 def _show(node: Located) -> str:
     kinds = {dict: "a mapping", list: "a list", type(None): "nothing"}
-    return kinds.get(type(node.value)) or repr(node.value)
+    if type(node.value) in kinds:
+        return kinds[type(node.value)]
+    if isinstance(node.value, int) and node.value.bit_length() > 64:
+        return "a number of more than 64 bits"
+    text = repr(node.value)
+    return text if len(text) <= 100 else f"{text[:100]}..."

@@ -27,13 +27,14 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
-    """A script's `main(argv)`: wrong input becomes one line on stderr and exit code 2."""
+    """A script's `main(argv)`: wrong input, and a file that cannot be read or written, become one
+    line on stderr and exit code 2."""
 
     @functools.wraps(main)
     def guarded(argv: list[str]) -> int:
         try:
             return main(argv)
-        except InputError as error:
+        except (InputError, OSError) as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:

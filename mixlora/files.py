@@ -112,7 +112,7 @@ def read_json(path: str | Path) -> dict:
         raise InputError(f"{path}: no such file") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, a number of 5000 digits
         raise InputError(f"{path}: cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: must hold a JSON object, got {type(value).__name__}")

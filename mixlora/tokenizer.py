@@ -20,10 +20,15 @@ class Tokenizer:
             raise InputError(f"{path}: not a sentencepiece model: {error}") from None
         self.bos_id, self.eos_id = self._model.bos_id(), self._model.eos_id()
         self.vocab_size = self._model.vocab_size()
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise InputError(f"{path}: the tokenizer has no BOS or no EOS token")
 
     def encode(self, text: str) -> list[int]:
         """Ids with the leading BOS, without EOS."""
-        return [self.bos_id, *self._model.encode(text)]
+        try:
+            return [self.bos_id, *self._model.encode(text)]
+        except RuntimeError:  # half a surrogate pair: bytes of the command line that are not UTF-8
+            raise InputError(f"the text is not Unicode: {text!r}") from None
 
     def decode(self, tokens: list[int]) -> str:
         return self._model.decode(tokens)

@@ -10,7 +10,7 @@ namespace mixlora::MIXLORA_ISA {
 namespace {
 
 // Long enough to pay for waking a thread.
-constexpr int64_t kChunk = 8192;
+constexpr int64_t kChunk = 32768;
 
 // Stable parallel counting sort of items 0..count-1: key(item) is the item's bin, and
 // place(item, position) receives its place in the order. Returns where each bin starts.

@@ -60,24 +60,24 @@ def expert_rows(plan: Plan) -> list[tuple[int, Tensor, Tensor]]:
 
 
 class _GroupedShrink(torch.autograd.Function):
-    """Saves x, A and the plan: never a gathered copy of x."""
+    """Saves x, A and the plan, never a gathered copy of x; N counts slots, t * K + k."""
 
     @staticmethod
     def forward(ctx, x_TI, lora_a_ERI, plan):
         ctx.save_for_backward(x_TI, lora_a_ERI)
         ctx.plan = plan
         (T, K), R = plan.expert_TK.shape, lora_a_ERI.shape[1]
-        a_SR = x_TI.new_zeros(T * K, R)
+        a_NR = x_TI.new_zeros(T * K, R)
         for e, token, slot in expert_rows(plan):
-            a_SR[slot] = x_TI[token] @ lora_a_ERI[e].T
-        return a_SR.unflatten(0, (T, K))
+            a_NR[slot] = x_TI[token] @ lora_a_ERI[e].T
+        return a_NR.unflatten(0, (T, K))
 
     @staticmethod
     def backward(ctx, da_TKR):
         x_TI, lora_a_ERI = ctx.saved_tensors
-        da_SR = da_TKR.flatten(0, 1)
+        da_NR = da_TKR.flatten(0, 1)
         dx_TI, dlora_a_ERI = torch.zeros_like(x_TI), torch.zeros_like(lora_a_ERI)
         for e, token, slot in expert_rows(ctx.plan):
-            dx_TI[token] += da_SR[slot] @ lora_a_ERI[e]  # a token meets an expert once
-            dlora_a_ERI[e] = da_SR[slot].T @ x_TI[token]
+            dx_TI.index_add_(0, token, da_NR[slot] @ lora_a_ERI[e])
+            dlora_a_ERI[e] = da_NR[slot].T @ x_TI[token]
         return dx_TI, dlora_a_ERI, None

@@ -29,5 +29,5 @@ def keep_mask(seed: Tensor, row_N: Tensor, num_columns: int, p: float) -> Tensor
     row = row_N.long()[:, None]
     column = torch.arange((num_columns + 3) // 4, device=row.device)[None]
     zero = torch.zeros_like(row + column)
-    words = philox([zero + column, zero, row & LOW, (row >> 32) & LOW + zero], seed)
+    words = philox([zero + column, zero, zero + (row & LOW), zero + (row >> 32)], seed)
     return torch.stack(words, dim=-1).flatten(1)[:, :num_columns] >= int(p * 2**32)

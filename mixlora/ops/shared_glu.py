@@ -73,35 +73,44 @@ def shared_glu(
 
 
 def shared_glu_ref(
-    *arguments: Tensor | Plan | float | str | None,
+    gate_TF: Tensor,
+    up_TF: Tensor,
+    a_gate_TKR: Tensor | None,
+    a_up_TKR: Tensor | None,
+    b_gate_EFR: Tensor | None,
+    b_up_EFR: Tensor | None,
+    a_down_ERF: Tensor | None,
+    plan: Plan,
+    weight_TK: Tensor,
+    scaling: float,
+    act: str = "silu",
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`shared_glu` by a loop over the experts under ordinary autograd, which saves everything."""
-    gate, up, a_gate, a_up, b_gate, b_up, a_down, plan, weight, s, act, *rest = arguments
-    dropout, seed = rest or (0.0, None)
+    """By a loop over the experts under ordinary autograd, which saves everything."""
     T, K = plan.expert_TK.shape
-    wide = torch.promote_types(gate.dtype, torch.float32)
-    hbar = torch.zeros_like(gate, dtype=wide)
-    z = None if a_down is None else hbar.new_zeros(T * K, a_down.shape[1])
+    wide = torch.promote_types(gate_TF.dtype, torch.float32)
+    hbar_TF = torch.zeros_like(gate_TF, dtype=wide)
+    z_NR = None if a_down_ERF is None else hbar_TF.new_zeros(T * K, a_down_ERF.shape[1])
     for e in range(len(plan.expert_start_E1) - 1):
         t, k = torch.where(plan.expert_TK == e)
-        gate_k, up_k = gate[t].to(wide), up[t].to(wide)
-        if a_gate is not None:
-            gate_k = gate_k + s * a_gate[t, k].to(wide) @ b_gate[e].to(wide).T
-        if a_up is not None:
-            up_k = up_k + s * a_up[t, k].to(wide) @ b_up[e].to(wide).T
-        h = ACTIVATIONS[act][0](gate_k) * up_k
-        hbar = hbar.index_add(0, t, weight[t, k, None] * h)
-        if z is not None:
-            kept = (
-                h * keep_mask(seed, t * K + k, h.shape[1], dropout) / (1 - dropout)
-                if dropout
-                else h
-            )
-            z = z.index_copy(0, t * K + k, kept @ a_down[e].to(wide).T)
-    return hbar.to(gate.dtype), None if z is None else z.unflatten(0, (T, K))
+        gate_F, up_F = gate_TF[t].to(wide), up_TF[t].to(wide)
+        if a_gate_TKR is not None:
+            gate_F = gate_F + scaling * a_gate_TKR[t, k].to(wide) @ b_gate_EFR[e].to(wide).T
+        if a_up_TKR is not None:
+            up_F = up_F + scaling * a_up_TKR[t, k].to(wide) @ b_up_EFR[e].to(wide).T
+        h_F = ACTIVATIONS[act][0](gate_F) * up_F
+        hbar_TF = hbar_TF.index_add(0, t, weight_TK[t, k, None] * h_F)
+        if dropout:
+            h_F = h_F * keep_mask(seed, t * K + k, h_F.shape[1], dropout) / (1 - dropout)
+        if z_NR is not None:
+            z_NR = z_NR.index_copy(0, t * K + k, h_F @ a_down_ERF[e].to(wide).T)
+    return hbar_TF.to(gate_TF.dtype), None if z_NR is None else z_NR.unflatten(0, (T, K))
 
 
 class _SharedGlu(torch.autograd.Function):
+    """Saves its inputs; N below counts slots, t * K + k."""
+
     @staticmethod
     def forward(ctx, gate_TF, up_TF, a_gate_TKR, a_up_TKR, b_gate_EFR, b_up_EFR, a_down_ERF, *rest):
         plan, weight_TK, *options = rest
@@ -111,13 +120,13 @@ class _SharedGlu(torch.autograd.Function):
         T, K = plan.expert_TK.shape
         expert = _Expert(tensors, plan, *options)
         hbar_TF = torch.zeros_like(gate_TF, dtype=expert.wide)
-        z_SR = None if a_down_ERF is None else hbar_TF.new_zeros(T * K, a_down_ERF.shape[1])
+        z_NR = None if a_down_ERF is None else hbar_TF.new_zeros(T * K, a_down_ERF.shape[1])
         for e, token, slot in expert_rows(plan):
             *_, h_F, g = expert.hidden(e, token, slot)
-            hbar_TF[token] += g * h_F  # a token meets an expert once
-            if z_SR is not None:
-                z_SR[slot] = expert.dropped(h_F, slot) @ a_down_ERF[e].to(expert.wide).T
-        return hbar_TF.to(gate_TF.dtype), None if z_SR is None else z_SR.unflatten(0, (T, K))
+            hbar_TF.index_add_(0, token, g * h_F)
+            if z_NR is not None:
+                z_NR[slot] = expert.dropped(h_F, slot) @ a_down_ERF[e].to(expert.wide).T
+        return hbar_TF.to(gate_TF.dtype), None if z_NR is None else z_NR.unflatten(0, (T, K))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -142,8 +151,8 @@ class _SharedGlu(torch.autograd.Function):
                 dh_F += expert.dropped(dz_R @ a_down_ERF[e].to(expert.wide), slot)
                 d_a_down[e] = dz_R.T @ expert.dropped(h_F, slot)
             dup_F, dgate_F = dh_F * act_k, act_backward(dh_F * up_k, gate_k)
-            d_gate[token] += dgate_F
-            d_up[token] += dup_F
+            d_gate.index_add_(0, token, dgate_F)
+            d_up.index_add_(0, token, dup_F)
             for dy_F, a_TKR, b_EFR, d_a, d_b in (
                 (dgate_F, a_gate_TKR, b_gate_EFR, d_a_gate, d_b_gate),
                 (dup_F, a_up_TKR, b_up_EFR, d_a_up, d_b_up),

@@ -50,7 +50,7 @@ def find_task(folder: str | Path, name: str) -> Task:
         hint = did_you_mean(name, TASKS)
         raise InputError(f"unknown task {name!r}{hint}; {description} is not there either")
     like = read_json(description).get("like")
-    if like not in TASKS:
+    if not isinstance(like, str) or like not in TASKS:
         hint = did_you_mean(str(like), TASKS)
         raise InputError(f"{description}: like = {like!r} is no known task{hint}")
     return Task(name, TASKS[like].example, "test")
@@ -63,11 +63,12 @@ def load_examples(folder: str | Path, name: str, split: str | None = None) -> li
     if not path.is_file():
         raise InputError(f"task {name}: {path}: no such file")
     examples = []
-    with open(path, encoding="utf-8", newline="\n") as file:
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
         try:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    examples.append(_example(task, line, f"{path}:{number}"))
+                    where = f"{path}:{number}"
+                    examples.append(example_of(task, parse_row(line, where), where))
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: not UTF-8: {error}") from None
     if not examples:
@@ -75,15 +76,21 @@ def load_examples(folder: str | Path, name: str, split: str | None = None) -> li
     return examples
 
 
-def _example(task: Task, line: str, where: str) -> choice.Example:
+def parse_row(line: str, where: str) -> object:
     try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of 5000 digits
         raise InputError(f"{where}: not JSON: {error}") from None
+
+
+def example_of(task: Task, row: object, where: str) -> choice.Example:
+    """The row as an example; a wrong row is an error that names where it was written."""
     if not isinstance(row, dict):
         raise InputError(f"{where}: a row must be a JSON object, got {type(row).__name__}")
     try:
-        return task.example(row)
+        example = task.example(row)
+        example.prompt.encode()  # half a surrogate pair is no text
+        return example
     except KeyError as error:
         raise InputError(f"{where}: the row has no key {error} (schema of {task.name})") from None
     except (ValueError, TypeError, AttributeError, IndexError) as error:
