@@ -1,0 +1,221 @@
+"""The training loop as a user runs it: what a run leaves, and that one taken up is the same."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import mixlora
+import models
+import train
+from mixlora.adapters import adapter_parameters
+from mixlora.data import Sample, collate
+from mixlora.files import TensorFile
+
+MIXLORA = {"routing_strategy": "mixlora", "r": 4, "num_experts": 4, "lora_dropout": 0.1}
+LORA = {"r": 8, "lora_dropout": 0.1}
+
+
+@pytest.fixture
+def settings(checkpoint: Path, task_folder: Path, tmp_path: Path) -> dict:
+    return {
+        "model": {"base": str(checkpoint)},
+        "data": {"dir": str(task_folder), "tasks": ["arc-e", "boolq"]},
+        "adapter": MIXLORA,
+        "optim": {"lr": 0.01, "warmup_steps": 2},
+        "train": {"steps": 6, "batch_size": 7, "micro_batch_size": 3, "max_seq_len": 96},
+        "run": {"dir": str(tmp_path / "run"), "plot": False},
+    }
+
+
+def run(settings: dict, tmp_path: Path, *arguments: str) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    assert train.main(["--config", str(path), *arguments]) == 0
+    return Path(settings["run"]["dir"])
+
+
+def metrics(folder: Path, name: str = "default") -> list[dict]:
+    """Every step's line without its speed, which no two runs share."""
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    return [{**json.loads(line), "tokens_per_second": None} for line in lines]
+
+
+def weights(folder: Path, name: str = "default") -> dict[str, torch.Tensor]:
+    file = TensorFile(folder / name / "adapter" / "adapter_model.safetensors")
+    return {key: file[key] for key in file.shapes}
+
+
+def assert_same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+def test_a_run_leaves_what_it_says(settings: dict, tmp_path: Path, capsys) -> None:
+    settings["eval"] = {"tasks": ["arc-e", "mine"]}
+    settings["run"] |= {"plot": True, "save_every_steps": 2, "keep_last": 2}
+    folder = run(settings, tmp_path)
+    steps = metrics(folder)
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
+    for step in steps:
+        assert len(step["expert_load"]) == len(step["router_entropy"]) == 2
+        for load in step["expert_load"]:
+            assert sum(load) == pytest.approx(1, abs=1e-4)
+        assert 0 < step["router_loss"] < 0.01
+    saved = sorted(path.name for path in (folder / "default" / "checkpoints").iterdir())
+    assert saved == ["step-000004", "step-000006"]
+    results = json.loads((folder / "results.json").read_text())["results"]
+    assert results.keys() == {"base", "default"}
+    assert (folder / "summary.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    for task in ("arc-e", "mine"):
+        accuracy = f"{100 * results['default'][task]['accuracy']:.1f} ±"
+        (line,) = (x for x in printed.splitlines() if x.startswith(task))
+        assert accuracy in line
+    assert yaml.safe_load((folder / "config.yaml").read_text())["adapter"]["num_experts"] == 4
+
+    model = models.load(settings["model"]["base"])
+    mixlora.load_adapter(model, folder / "default" / "adapter")
+    last = TensorFile(folder / "default/checkpoints/step-000006/adapter_model.safetensors")
+    assert_same_weights(weights(folder), {key: last[key] for key in last.shapes})
+
+
+@pytest.mark.parametrize("adapter", [MIXLORA, LORA], ids=["mixlora", "lora"])
+@pytest.mark.parametrize("stop", [1, 3, 4, 6])
+def test_a_resumed_run_is_the_uninterrupted_one(
+    settings: dict, tmp_path: Path, adapter: dict, stop: int
+) -> None:
+    """24 samples in batches of 7: step 4 ends an epoch with a short batch."""
+    settings["adapter"] = adapter
+    settings["run"] |= {"save_every_steps": 1, "keep_last": 100}
+    whole = run(settings, tmp_path)
+    expected_metrics, expected_weights = metrics(whole), weights(whole)
+
+    for path in (whole / "default" / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > stop:
+            shutil.rmtree(path)
+    shutil.rmtree(whole / "default" / "adapter")
+    resumed = run(settings, tmp_path, "--resume")
+    assert metrics(resumed) == expected_metrics
+    assert_same_weights(weights(resumed), expected_weights)
+
+
+def test_a_run_goes_on_after_a_stop_between_checkpoints(settings: dict, tmp_path: Path) -> None:
+    settings["run"]["save_every_steps"] = 4
+    expected = metrics(run(settings, tmp_path))
+    folder = Path(settings["run"]["dir"])
+    shutil.rmtree(folder / "default" / "checkpoints" / "step-000006")
+    log = folder / "default" / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"step": 7, "lo')  # a line that a crash cut off
+    assert metrics(run(settings, tmp_path, "--resume")) == expected
+
+
+def test_gradient_checkpointing_changes_no_bit(settings: dict, tmp_path: Path) -> None:
+    expected = metrics(run(settings, tmp_path))
+    settings["train"]["gradient_checkpointing"] = True
+    settings["run"]["overwrite"] = True
+    assert metrics(run(settings, tmp_path)) == expected
+
+
+def test_an_adapter_trained_in_a_list_is_the_one_trained_alone(
+    settings: dict, tmp_path: Path
+) -> None:
+    del settings["adapter"]
+    settings["adapters"] = [
+        {"name": "mix", "adapter": MIXLORA},
+        {"name": "plain", "adapter": LORA, "optim": {"lr": 0.02}},
+    ]
+    both = run(settings, tmp_path)
+    assert metrics(both, "plain")[-1]["expert_load"] == []
+    settings["adapters"] = settings["adapters"][1:]
+    settings["run"]["dir"] = str(tmp_path / "alone")
+    alone = run(settings, tmp_path)
+    assert metrics(both, "plain") == metrics(alone, "plain")
+    assert_same_weights(weights(both, "plain"), weights(alone, "plain"))
+
+
+def test_bfloat16_trains(settings: dict, tmp_path: Path) -> None:
+    settings["model"]["dtype"] = "bfloat16"
+    settings["train"]["steps"] = 30
+    losses = [step["loss"] for step in metrics(run(settings, tmp_path))]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("adapter", [MIXLORA, LORA], ids=["mixlora", "lora"])
+def test_how_a_batch_is_cut_does_not_change_the_gradient(checkpoint: Path, adapter: dict) -> None:
+    """Batch 8 at once against 8 batches of 1, ragged, without dropout or router loss."""
+    config = mixlora.AdapterConfig(**{**adapter, "lora_dropout": 0.0, "router_loss": False})
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for length in (5, 30, 9, 17, 40, 8, 23, 12):
+        tokens = torch.randint(3, 300, (length,), generator=generator).tolist()
+        samples.append(Sample(tokens, num_prompt=length - 1 - length % 4))
+    num_labels = sum(len(sample.tokens) - sample.num_prompt for sample in samples)
+
+    def gradients(size: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = models.load(checkpoint)
+        mixlora.add_adapter(model, config)
+        parameters = adapter_parameters(model)
+        with torch.no_grad():
+            for key, parameter in parameters.items():
+                if key.endswith("lora_B"):
+                    parameter.normal_(std=0.02)
+        model.train()
+        for start in range(0, 8, size):
+            batch = collate(samples[start : start + size])
+            loss, _ = model(batch.tokens_BS, mask_BS=batch.mask_BS, labels_BS=batch.labels_BS)
+            (loss / num_labels).backward()
+        return {key: parameter.grad for key, parameter in parameters.items()}
+
+    at_once, one_by_one = gradients(8), gradients(1)
+    for key in at_once:
+        largest = at_once[key].abs().max()
+        assert (at_once[key] - one_by_one[key]).abs().max() <= 1e-6 * max(1.0, largest), key
+        assert largest > 0, key
+
+
+def test_print_config_shows_every_key_and_does_nothing(
+    settings: dict, tmp_path: Path, capsys
+) -> None:
+    run(settings, tmp_path, "--print-config", "optim.lr=1e-5")
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["optim"]["lr"] == 1e-5
+    assert printed["adapter"]["num_experts"] == 4
+    assert printed["train"]["gradient_checkpointing"] is False
+    assert not Path(settings["run"]["dir"]).exists()
+
+
+def test_a_loss_that_is_not_finite_stops_before_any_weight_changes(
+    settings: dict, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    real, calls = train.lr_at, []
+    monkeypatch.setattr(train, "lr_at", lambda *a: calls.append(a) or real(*a) * 1e30)
+    path = tmp_path / "config.yaml"
+    settings["run"]["save_every_steps"] = 1
+    path.write_text(yaml.safe_dump(settings))
+    assert train.main(["--config", str(path)]) == 2
+    assert "not finite" in capsys.readouterr().err
+    saved = sorted((Path(settings["run"]["dir"]) / "default" / "checkpoints").iterdir())
+    assert len(saved) == min(len(calls), 2)  # every checkpoint is of a step that was whole
+
+
+def test_config_documentation_names_every_key() -> None:
+    import dataclasses
+    import typing
+
+    text = Path("docs/config.md").read_text()
+
+    def keys(kind: type, prefix: str = "") -> list[str]:
+        found = []
+        for name, hint in typing.get_type_hints(kind).items():
+            inner = typing.get_args(hint)[0] if typing.get_origin(hint) is list else hint
+            nested = dataclasses.is_dataclass(inner)
+            found += keys(inner, f"{prefix}{name}.") if nested else [prefix + name]
+        return found
+
+    wanted = [key for key in keys(train.TrainConfig) if not key.startswith("adapters.")]
+    assert [key for key in wanted if f"`{key}`" not in text] == []
