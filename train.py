@@ -200,12 +200,9 @@ def fine_tune(
     optimizer = make_optimizer(parameters, run.optim, run.adapter.loraplus_lr_ratio)
     epoch_steps = steps_per_epoch(len(samples), batch_size)
     num_steps = run.train.steps or run.train.epochs * epoch_steps
-    settings = {**dataclasses.asdict(run), "model": dataclasses.asdict(config.model)}
-    settings["seed"] = config.run.seed
-
     folder.mkdir(parents=True, exist_ok=True)
     saved = checkpoints(folder / "checkpoints") if resume else []
-    first = load_checkpoint(saved[-1], model, run.name, optimizer, settings) if saved else 0
+    first = load_checkpoint(saved[-1], model, run.name, optimizer) if saved else 0
     if resume:
         print(f"{run.name}: goes on after step {first} of {num_steps}")
     log = MetricsLog(folder / "metrics.jsonl", first)
@@ -223,11 +220,13 @@ def fine_tune(
         batches = [collate(part, device) for part in parts]
 
         loss = router_loss = 0.0
+        forwards = []
         for tokens_BS, mask_BS, labels_BS in batches:
             loss_sum, _ = model(tokens_BS, mask_BS=mask_BS, labels_BS=labels_BS)
             micro_loss = loss_sum / num_labels
             micro_router_loss = model.router_loss() / len(batches)
             (micro_loss + micro_router_loss).backward()
+            forwards.append(model.routing(run.name))
             loss += micro_loss.item()
             router_loss += micro_router_loss.item()
         norm = torch.nn.utils.clip_grad_norm_(
@@ -252,32 +251,34 @@ def fine_tune(
             lr=lr,
             grad_norm=norm.item(),
             tokens_per_second=round(speed, 1),
-            **routing_metrics(model.routing(run.name)),
+            **routing_metrics(forwards),
         )
         progress.advance(loss=f"{loss:.4f}", tokens_per_s=f"{speed:.0f}")
         if (step + 1) % config.run.save_every_steps == 0 or step + 1 == num_steps:
-            save_checkpoint(
-                folder / "checkpoints",
-                step + 1,
-                model,
-                run.name,
-                optimizer,
-                settings,
-                config.run.keep_last,
-            )
+            keep = config.run.keep_last
+            save_checkpoint(folder / "checkpoints", step + 1, model, run.name, optimizer, keep)
     progress.close()
     log.close()
     mixlora.save_adapter(model, folder / "adapter", run.name)
 
 
 def open_run_folder(config: TrainConfig, resume: bool) -> Path:
-    """run.dir with the settings written into it; another run in it is never touched unasked."""
+    """run.dir with the settings written into it; another run in it is never touched unasked.
+
+    A run goes on under the settings it began with: only `eval` and `run` but its seed may differ.
+    """
     folder = Path(config.run.dir)
     settings = folder / "config.yaml"
     if folder.exists() and not folder.is_dir():
         raise InputError(f"run.dir {folder} is a file")
     if resume and not settings.is_file():
         raise InputError(f"--resume: there is no run in run.dir {folder}")
+    if resume:
+        before = configs.load(TrainConfig, settings)
+        free = {"eval": before.eval, "run": dataclasses.replace(before.run, seed=config.run.seed)}
+        changed = configs.differences(before, dataclasses.replace(config, **free))
+        if changed:
+            raise InputError(f"--resume: {settings} was begun otherwise: {'; '.join(changed)}")
     if not resume and folder.is_dir() and any(folder.iterdir()):
         if not settings.is_file():
             raise InputError(f"run.dir {folder} is not empty, and what it holds is no run")

@@ -2,7 +2,7 @@
 
     <run>/checkpoints/step-000123/adapter_config.json  adapter_model.safetensors   the adapter
                                   optimizer.safetensors    AdamW's state, the random generator's
-                                  state.json               the step, the settings of the run
+                                  state.json               the number of steps done
 
 A checkpoint is written into a temporary folder that is then renamed: it is there whole or not.
 """
@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from mixlora.adapters import adapter_parameters, read_tensors, save_adapter
-from mixlora.errors import InputError
 from mixlora.files import (
     TensorFile,
     check_shapes,
@@ -42,7 +41,6 @@ def save_checkpoint(
     model: AdaptedModel,
     name: str,
     optimizer: torch.optim.Optimizer,
-    settings: dict,
     keep_last: int,
 ) -> None:
     """`step` optimizer steps are done. All but the `keep_last` newest checkpoints are deleted."""
@@ -59,7 +57,7 @@ def save_checkpoint(
     }
     tensors[GENERATOR] = torch.get_rng_state()
     write_tensors(temporary / OPTIMIZER_FILE, tensors)
-    write_json(temporary / STATE_FILE, {"step": step, "settings": settings})
+    write_json(temporary / STATE_FILE, {"step": step})
     temporary.rename(final)
     fsync_folder(folder)
     for old in checkpoints(folder)[:-keep_last]:
@@ -67,20 +65,9 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path,
-    model: AdaptedModel,
-    name: str,
-    optimizer: torch.optim.Optimizer,
-    settings: dict,
+    path: Path, model: AdaptedModel, name: str, optimizer: torch.optim.Optimizer
 ) -> int:
-    """Restore adapter, optimizer and random generator; returns the number of steps done.
-
-    A run goes on under the settings it began with: any that differ are listed in the error.
-    """
-    state = read_json(path / STATE_FILE)
-    differing = _differences(state.get("settings", {}), settings)
-    if differing:
-        raise InputError(f"{path}: the run was begun with other settings: {'; '.join(differing)}")
+    """Restore adapter, optimizer and random generator; returns the number of steps done."""
     parameters = adapter_parameters(model, name)
     file = TensorFile(path / OPTIMIZER_FILE)
     wanted = {f"{key}.step": () for key in parameters} | {GENERATOR: torch.get_rng_state().shape}
@@ -95,15 +82,4 @@ def load_checkpoint(
             for moment in MOMENTS
         }
     torch.set_rng_state(file[GENERATOR])
-    return state["step"]
-
-
-def _differences(before: dict, after: dict, prefix: str = "") -> list[str]:
-    found = []
-    for key in sorted(before.keys() | after.keys()):
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found.append(f"{prefix}{key} was {old!r}, is {new!r}")
-    return found
+    return read_json(path / STATE_FILE)["step"]

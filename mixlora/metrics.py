@@ -63,11 +63,15 @@ class Progress:
             self._bar.close()
 
 
-def routing_metrics(layers: Sequence[Routing]) -> dict[str, list]:
-    """Per layer: each expert's share of the selections, and the router's mean entropy in nats."""
+def routing_metrics(forwards: Sequence[Sequence[Routing]]) -> dict[str, list]:
+    """Per layer, over a step's forwards: each expert's share of the selections, and the router's
+    mean entropy in nats."""
     load, entropy = [], []
-    for layer in layers:
-        num_tokens, selected = layer.num_tokens.clamp_min(1), layer.count_E.sum().clamp_min(1)
-        load.append([round(share, 5) for share in (layer.count_E / selected).tolist()])
-        entropy.append(round((layer.entropy / num_tokens).item(), 5))
+    for layer in zip(*forwards, strict=True):
+        num_tokens = sum(routing.num_tokens.item() for routing in layer)
+        selections = num_tokens * layer[0].expert_TK.shape[1]
+        count_E = sum(routing.count_E for routing in layer)
+        load.append([round(count / max(1, selections), 5) for count in count_E.tolist()])
+        total = sum(routing.entropy.item() for routing in layer)
+        entropy.append(round(total / max(1, num_tokens), 5))
     return {"expert_load": load, "router_entropy": entropy}

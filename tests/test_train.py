@@ -219,3 +219,14 @@ def test_config_documentation_names_every_key() -> None:
 
     wanted = [key for key in keys(train.TrainConfig) if not key.startswith("adapters.")]
     assert [key for key in wanted if f"`{key}`" not in text] == []
+
+
+def test_a_run_does_not_go_on_under_other_settings(settings: dict, tmp_path: Path, capsys) -> None:
+    folder = run(settings, tmp_path)
+    before = (folder / "config.yaml").read_text()
+    config = str(folder / "config.yaml")
+    for change in ("run.seed=1", "optim.lr=0.5", "adapter.r=8", "data.tasks=[boolq]"):
+        assert train.main(["--config", config, "--resume", change]) == 2
+        assert f"{change.partition('=')[0]} was" in capsys.readouterr().err
+        assert (folder / "config.yaml").read_text() == before
+    assert train.main(["--config", config, "--resume", "run.keep_last=1"]) == 0

@@ -3,7 +3,7 @@
 import torch  # noqa: F401  its libraries must be loaded before the extension that links to them
 
 try:
-    from mixlora import _C  # noqa: F401  registers torch.ops.mixlora
+    import mixlora._C  # noqa: F401  registers torch.ops.mixlora
 except ImportError as error:
     raise ImportError(f"mixlora._C cannot be loaded, run `make kernels` ({error})") from None
 
