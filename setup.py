@@ -1,8 +1,8 @@
 """Build mixlora._C from csrc/ with ninja.
 
-csrc/*.cpp, csrc/*/*.cpp   bindings and op entries: once, on torch's stable ABI (torch >= 2.11)
-csrc/*/*_cpu.cpp           CPU kernels: once per instruction set (csrc/common/isa.h)
-csrc/*/*_cuda.cu           CUDA kernels: by nvcc, where torch is a CUDA build and nvcc is found
+csrc/**/*.cpp       bindings and op entries: once, on torch's stable ABI (torch >= 2.11)
+csrc/*/*_cpu.cpp    CPU kernels: once per instruction set (csrc/common/isa.h)
+csrc/*/*_cuda.cu    CUDA kernels: by nvcc, where torch is a CUDA build and nvcc is found
 """
 
 import os
@@ -36,18 +36,17 @@ if os.uname().machine == "x86_64":
 
 
 def version(tool: str, word: str = "") -> str:
-    lines = subprocess.check_output([tool, "--version"], text=True).splitlines()
-    return next(line for line in lines if word in line)
+    said = subprocess.check_output([tool, "--version"], text=True)
+    return next(line for line in said.splitlines() if word in line)
 
 
 def ninja_file(cxx: str, nvcc: str | None, output: str) -> str:
     """ninja repeats a command when it, or a file it read, headers included, has changed."""
-    sources = sorted([*Path("csrc").glob("*.cpp"), *Path("csrc").glob("*/*.cpp")])
+    sources = sorted(Path("csrc").rglob("*.cpp"))
     kernels = [source for source in sources if source.stem.endswith("_cpu")]
-    cuda = sorted(Path("csrc").glob("*/*_cuda.cu")) if nvcc and torch.version.cuda else []
-
-    macros = {"COMPILER": version(cxx), "TORCH": torch.__version__}
-    macros["CUDA_ARCHS"] = " ".join(CUDA_ARCHS) if cuda else ""
+    cuda = sorted(Path("csrc").rglob("*.cu")) if nvcc and torch.version.cuda else []
+    archs = " ".join(CUDA_ARCHS if cuda else [])
+    macros = {"COMPILER": version(cxx), "TORCH": torch.__version__, "CUDA_ARCHS": archs}
     includes = [f"{TORCH}/include", pybind11.get_include(), sysconfig.get_path("include")]
     flags = "-O3 -MMD -Icsrc " + " ".join(f"-isystem {quote(path)}" for path in includes)
     flags += "".join(" " + quote(f'-DMIXLORA_{name}="{text}"') for name, text in macros.items())
@@ -88,8 +87,6 @@ class BuildKernels(build_ext):
         nvcc = shutil.which("nvcc", path=f"{CUDA_HOME}/bin") or shutil.which("nvcc")
         if not shutil.which(cxx):
             sys.exit(f"setup.py: a C++20 compiler is needed, {cxx} is not found (set CXX)")
-        if not Path(sysconfig.get_path("include"), "Python.h").exists():
-            sys.exit("setup.py: Python.h is not found: install Python's headers (python3-dev)")
         print("compiler         ", version(cxx))
         print("torch            ", torch.__version__, "(CUDA)" if torch.version.cuda else "(CPU)")
         print("nvcc             ", f"{nvcc}: {version(nvcc, 'release')}" if nvcc else "not found")

@@ -1,0 +1,50 @@
+# Works in the active environment, else in .venv, created with $(PYTHON). Installs what is missing
+# there (tools/ensure.py) and never replaces an installed torch.
+
+PYTHON ?= python3
+ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),.venv)
+PY := "$(ENV)/bin/python"
+CHECK := -c 'import sys; sys.version_info < (3, 10) and sys.exit("mixlora needs Python >= 3.10, \
+  this is %d.%d (make PYTHON=... names another)" % sys.version_info[:2])'
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.DEFAULT_GOAL := help
+.PHONY: help env kernels demo test lint format bench clean
+
+help: ## list the targets
+	@awk -F ': .*## ' '/^[a-z]+: .*## / {printf "%-10s%s\n", $$1, $$2}' Makefile
+
+env:
+	@test -x $(PY) || { $(PYTHON) $(CHECK) && $(PYTHON) -m venv .venv; }
+	@$(PY) $(CHECK)
+
+kernels: env ## build mixlora._C, the C++ kernels
+	@$(PY) tools/ensure.py build run
+	@$(PY) -u setup.py -q build_ext --inplace
+
+demo: kernels ## fine-tune a tiny model from scratch to a plot, on a CPU
+	@$(PY) tools/ensure.py plot
+	$(PY) train.py --config configs/quickstart.yaml
+
+test: kernels ## run the tests; PYTEST_ADDOPTS adds options
+	@$(PY) tools/ensure.py test
+	$(PY) -m pytest
+
+lint: env ## check style, change nothing
+	@$(PY) tools/ensure.py lint
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	"$(ENV)/bin/clang-format" --dry-run --Werror $(SOURCES)
+
+format: env ## rewrite the files in our style
+	@$(PY) tools/ensure.py lint
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	"$(ENV)/bin/clang-format" -i $(SOURCES)
+
+bench: kernels ## time every kernel against its reference
+	@for file in benchmarks/bench_*.py; do \
+	  $(PY) -m benchmarks.$$(basename $$file .py) || exit 1; done
+
+clean: ## remove what was built
+	rm -rf build mixlora/_C*.so

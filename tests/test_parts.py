@@ -1,0 +1,56 @@
+"""Every op has all its parts, and each part carries the op's name."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from mixlora import ops
+
+ROOT = Path(__file__).resolve().parents[1]
+SCHEMAS = re.findall(r'm\.def\(\s*"(\w+)\(', (ROOT / "csrc/ops.cpp").read_text())
+KERNELS = [name for name in SCHEMAS if not name.endswith("_backward")]
+PUBLIC = [
+    name
+    for name in ops.__all__
+    if inspect.isfunction(getattr(ops, name))
+    and not name.endswith("_ref")
+    and name not in ("reference", "use_reference")
+]
+
+
+def missing(parts: dict[str, str]) -> list[str]:
+    """`parts` is path -> the text it must hold."""
+    return [
+        f"{path}: {text or 'the file'} is missing"
+        for path, text in parts.items()
+        if not (ROOT / path).exists() or text not in (ROOT / path).read_text()
+    ]
+
+
+def test_there_are_ops() -> None:
+    assert "moe_sort" in KERNELS and "moe_sort" in PUBLIC
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_every_kernel_has_its_parts(op: str) -> None:
+    parts = {
+        f"mixlora/ops/{op}.py": f'register_fake("mixlora::{op}")',
+        f"csrc/{op}/{op}.h": f"{op}_cpu",
+        f"csrc/{op}/{op}.cpp": f'm.impl("{op}"',
+        f"csrc/{op}/{op}_cpu.cpp": f"{op}_cpu",
+        f"benchmarks/bench_{op}.py": f"ops.{op}",
+    }
+    assert not missing(parts), "\n".join(missing(parts))
+    assert op in PUBLIC, f"mixlora/ops/__init__.py does not export {op}"
+
+
+@pytest.mark.parametrize("op", PUBLIC)
+def test_every_public_op_has_a_spec_a_reference_and_a_test(op: str) -> None:
+    module = inspect.getmodule(getattr(ops, op))
+    stem = module.__name__.split(".")[-1]
+    assert module.__doc__, f"mixlora/ops/{stem}.py has no spec"
+    assert hasattr(ops, f"{op}_ref"), f"mixlora/ops/__init__.py does not export {op}_ref"
+    test = {f"tests/ops/test_{stem}.py": f"ops.{op}"}
+    assert not missing(test), "\n".join(missing(test))
