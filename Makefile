@@ -22,7 +22,7 @@ kernels: env ## build mixlora._C, the C++ kernels
 	@$(PY) tools/ensure.py build run
 	@$(PY) -u setup.py -q build_ext --inplace
 
-demo: kernels ## fine-tune a tiny model from scratch to a plot, on a CPU
+demo: kernels ## MixLoRA and LoRA on four small tasks, from a tiny pretrained model
 	@$(PY) tools/ensure.py plot
 	$(PY) train.py --config configs/quickstart.yaml
 

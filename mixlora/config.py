@@ -21,7 +21,7 @@ from mixlora.errors import InputError, did_you_mean
 Config = TypeVar("Config")
 
 PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
-MAX_NODES = 100_000  # aliases of aliases of aliases can stand for more than any memory holds
+MAX_NODES = 10_000  # aliases of aliases of aliases can stand for more than any memory holds
 
 
 @dataclass
@@ -59,7 +59,8 @@ def locate(value: Any, where: str) -> Located:
 
 
 def to_yaml(config: Any) -> str:
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    """ASCII: of what lies beyond it, YAML reads some characters back as others."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
 def differences(before: Any, after: Any, key: str = "") -> list[str]:
@@ -119,8 +120,7 @@ def _convert(kind: Any, node: Located, key: str) -> Any:
     if kind in (bool, int, float, str) and type(value) is kind:
         if _is_sound(value):
             return value
-    wanted = " or ".join(map(str, arguments)) if origin is Literal else _name(kind)
-    raise InputError(f"{node.where}: {key} must be {wanted}, got {_show(node)}")
+    raise InputError(f"{node.where}: {key} must be {_name(kind)}, got {_show(node)}")
 
 
 def _apply(tree: Located, override: str) -> None:
@@ -222,7 +222,11 @@ def _join(key: str, name: str) -> str:
 
 def _name(kind: Any) -> str:
     names = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
-    return names.get(kind) or f"a list of {_name(typing.get_args(kind)[0])}"
+    if typing.get_origin(kind) is list:
+        return f"a list of {_name(typing.get_args(kind)[0])}"
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(map(str, typing.get_args(kind)))
+    return names.get(kind, "mappings")
 
 
 def _show(node: Located) -> str:
