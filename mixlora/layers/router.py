@@ -28,7 +28,7 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None, expert_TK: Tensor | None) -> Routing:
         """`expert_TK`: the experts chosen before, where a block is computed again in backward."""
-        x_TD = x_TD.float()
+        x_TD = x_TD.to(self.weight.dtype)
         if self.training and self.jitter_noise:
             low, high = 1 - self.jitter_noise, 1 + self.jitter_noise
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(low, high)
