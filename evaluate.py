@@ -42,13 +42,15 @@ def main(argv: list[str]) -> int:
     for path in filter(None, (options.output, options.rows)):
         if not Path(path).absolute().parent.is_dir():
             raise InputError(f"{path}: its folder does not exist")
+        if Path(path).is_dir():
+            raise InputError(f"{path} is a folder")
 
     examples = {
         task: load_examples(options.data, task)[: options.max_rows]
         for task in options.tasks.split(",")
     }
     model = models.load(options.base, getattr(torch, options.dtype), options.device)
-    tokenizer = Tokenizer(options.base)
+    tokenizer = Tokenizer(options.base, model.config.vocab_size)
     if options.adapter:
         mixlora.load_adapter(model, options.adapter)
 

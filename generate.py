@@ -39,11 +39,11 @@ def main(argv: list[str]) -> int:
     texts = options.prompt or [apply_template(options.template, options.instruction, options.input)]
 
     model = models.load(options.base, getattr(torch, options.dtype), options.device)
-    tokenizer = Tokenizer(options.base)
+    tokenizer = Tokenizer(options.base, model.config.vocab_size)
     if options.adapter:
         mixlora.load_adapter(model, options.adapter)
     prompts = [tokenizer.encode(text) for text in texts]
-    speaker = Speaker(tokenizer, texts, prompts)
+    speaker = Speaker(tokenizer, prompts)
     stop = [tokenizer.eos_id, tokenizer.bos_id]
     generate(model, prompts, options.max_new_tokens, sampling, stop, speaker.hear)
     speaker.finish()
@@ -53,22 +53,24 @@ def main(argv: list[str]) -> int:
 class Speaker:
     """Prints a single prompt's text as it comes, several prompts' one after the other."""
 
-    def __init__(self, tokenizer: Tokenizer, texts: list[str], prompts: list[list[int]]) -> None:
-        self.tokenizer, self.prompts = tokenizer, prompts
-        self.tokens = [list(prompt) for prompt in prompts]
-        self.said = list(texts)
-        if len(texts) == 1:
-            print(texts[0], end="", flush=True)
+    def __init__(self, tokenizer: Tokenizer, prompts: list[list[int]]) -> None:
+        self.tokenizer, self.tokens = tokenizer, [list(prompt) for prompt in prompts]
+        self.said = 0  # characters
 
     def hear(self, row: int, token: int) -> None:
         self.tokens[row].append(token)
-        text = self.tokenizer.decode(self.tokens[row])
-        if len(self.prompts) == 1 and not text.endswith("\ufffd"):  # half a character: wait
-            print(text[len(self.said[0]) :], end="", flush=True)
-            self.said[0] = text
+        if len(self.tokens) == 1:
+            self.say()
+
+    def say(self) -> None:
+        text = self.tokenizer.decode(self.tokens[0])
+        if not text.endswith("\ufffd"):  # half a character: wait for the rest
+            print(text[self.said :], end="", flush=True)
+            self.said = len(text)
 
     def finish(self) -> None:
-        if len(self.prompts) == 1:
+        if len(self.tokens) == 1:
+            self.say()
             print()
             return
         for number, tokens in enumerate(self.tokens, 1):

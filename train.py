@@ -22,7 +22,7 @@ import torch
 import mixlora
 import models
 from mixlora import config as configs
-from mixlora.adapters import AdapterConfig, adapter_parameters
+from mixlora.adapters import AdapterConfig, adapter_parameters, check_adapter
 from mixlora.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from mixlora.data import (
     DataConfig,
@@ -90,6 +90,8 @@ class RunConfig:
     plot: bool = True  # summary.png, by matplotlib
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 32:
+            raise InputError(f"seed must be in [0, 2^32), got {self.seed}")
         for key in ("save_every_steps", "keep_last"):
             if getattr(self, key) < 1:
                 raise InputError(f"{key} must be >= 1, got {getattr(self, key)}")
@@ -156,9 +158,10 @@ def main(argv: list[str]) -> int:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model = models.load(config.model.base, getattr(torch, config.model.dtype), device)
-    tokenizer = Tokenizer(config.model.base)
+    tokenizer = Tokenizer(config.model.base, model.config.vocab_size)
     datasets = [load_dataset(r.data, tokenizer, r.train.max_seq_len) for r in config.runs()]
     for run in config.runs():
+        check_adapter(model, run.adapter, run.name)
         if run.train.max_seq_len > model.config.max_position_embeddings:
             raise InputError(
                 f"train.max_seq_len {run.train.max_seq_len} exceeds the model's "

@@ -125,28 +125,32 @@ class AdapterConfig:
         return {k: v for k, v in values.items() if k in always or v != default[k]}
 
 
+def check_adapter(model: AdaptedModel, config: AdapterConfig, name: str = "default") -> None:
+    """Whether `add_adapter` would take it: an error if not, no change in any case."""
+    if name in model.adapter_configs:
+        raise InputError(f"the model already has an adapter named {name!r}")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
+        raise InputError(f"an adapter's name is letters, digits, _ and -, got {name!r}")
+    known = {target for _, target, _ in _sites(model)}
+    for target in config.target_modules:
+        if target not in known:
+            hint = did_you_mean(target, known)
+            raise InputError(f"target_modules: the model has no projection {target!r}{hint}")
+
+
 def add_adapter(model: AdaptedModel, config: AdapterConfig, name: str = "default") -> None:
     """Put a fresh adapter around the model and make it the active one.
 
     A is drawn from torch's generator, B is zero: the model computes what it did before.
     """
-    if name in model.adapter_configs:
-        raise InputError(f"the model already has an adapter named {name!r}")
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
-        raise InputError(f"an adapter's name is letters, digits, _ and -, got {name!r}")
-    sites = _sites(model)
-    known = {target for _, target, _ in sites}
-    for target in config.target_modules:
-        if target not in known:
-            hint = did_you_mean(target, known)
-            raise InputError(f"target_modules: the model has no projection {target!r}{hint}")
+    check_adapter(model, config, name)
     device = next(model.parameters()).device
     lora = {
         key: getattr(config, key)
         for key in ("r", "lora_alpha", "lora_dropout", "use_rslora", "lora_init")
     }
     experts = PROJECTIONS if config.routing_strategy else ()  # what becomes a mixture
-    for _, target, module in sites:
+    for _, target, module in _sites(model):
         if target in config.target_modules and target not in experts:
             out_features, in_features = module.weight.shape
             module.adapters[name] = Lora(in_features, out_features, **lora).to(device)

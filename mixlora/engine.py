@@ -1,5 +1,6 @@
 """Generation over token ids, batched, with a KV cache. Knows no tokenizer."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,8 +20,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise InputError(f"temperature must be >= 0, got {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature must be >= 0 and finite, got {self.temperature}")
+        if not 0 <= self.seed < 1 << 32:
+            raise InputError(f"seed must be in [0, 2^32), got {self.seed}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be in (0, 1], got {self.top_p}")
 

@@ -99,7 +99,7 @@ def score(
                 for example, label, tokens in query.wanted:
                     places = range(len(tokens))
                     rows[example].log_probs[label] = sum(log_prob_PV[places, tokens].tolist())
-            advance(len(batch))
+            advance(sum(query.wanted[0][1] == 0 for query in batch))  # an example's first label
     return rows, num_truncated
 
 
@@ -123,13 +123,9 @@ def _queries(
     index: int, example: Example, tokenizer: Tokenizer, max_seq_len: int
 ) -> tuple[list[_Query], bool]:
     """The sequences that score an example: one, where all its labels are a single token."""
-    whole = []
-    for label in example.labels:
-        prompt, answer = tokenizer.continuation(example.prompt, " " + label)
-        whole.append(prompt + answer)
-    common = 0
-    while common < min(map(len, whole)) - 1 and len({tokens[common] for tokens in whole}) == 1:
-        common += 1
+    splits = [tokenizer.continuation(example.prompt, " " + label) for label in example.labels]
+    whole = [prompt + answer for prompt, answer in splits]
+    common = min(len(prompt) for prompt, _ in splits)  # each is a beginning of the prompt alone
     longest = max(len(tokens) - common for tokens in whole)
     truncated = common + longest - 1 > max_seq_len
     prefix = whole[0][:common]

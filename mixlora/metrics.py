@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mixlora.files import write_bytes
 from mixlora.ops import Routing
 
 
@@ -21,7 +22,8 @@ class MetricsLog:
     def __init__(self, path: Path, first_step: int = 0) -> None:
         lines = path.read_text().splitlines(keepends=True) if path.exists() and first_step else []
         whole = [line for line in lines if line.endswith("\n")]
-        path.write_text("".join(x for x in whole if json.loads(x)["step"] <= first_step))
+        kept = [line for line in whole if json.loads(line)["step"] <= first_step]
+        write_bytes(path, "".join(kept).encode())
         self._file = open(path, "a", encoding="utf-8")
 
     def write(self, **values: Any) -> None:

@@ -8,9 +8,12 @@ from mixlora.errors import InputError
 
 
 class Tokenizer:
-    """`tokenizer.model` of a checkpoint folder. Ids bos_id and eos_id; padding needs no token."""
+    """`tokenizer.model` of a checkpoint folder. Ids bos_id and eos_id; padding needs no token.
 
-    def __init__(self, folder: str | Path) -> None:
+    `num_embeddings` of the model, where it is given, must be enough for every id.
+    """
+
+    def __init__(self, folder: str | Path, num_embeddings: int | None = None) -> None:
         path = Path(folder) / "tokenizer.model"
         if not path.is_file():
             raise InputError(f"{path}: no such file (the tokenizer is a sentencepiece model)")
@@ -22,6 +25,10 @@ class Tokenizer:
         self.vocab_size = self._model.vocab_size()
         if self.bos_id < 0 or self.eos_id < 0:
             raise InputError(f"{path}: the tokenizer has no BOS or no EOS token")
+        if num_embeddings is not None and self.vocab_size > num_embeddings:
+            raise InputError(
+                f"{path}: the tokenizer has {self.vocab_size} tokens, the model {num_embeddings}"
+            )
 
     def encode(self, text: str) -> list[int]:
         """Ids with the leading BOS, without EOS."""

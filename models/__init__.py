@@ -37,6 +37,10 @@ def load(
     the hub where `huggingface_hub` is installed.
     """
     path = _local_folder(path)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        raise InputError(f"device {device}: {str(error).splitlines()[0]}") from None
     family, config = _read_config(read_json(path / "config.json"), path / "config.json")
     with torch.device("meta"):
         model = family(config)
@@ -134,6 +138,8 @@ def _rope(values: dict, source: str | Path) -> dict:
     rope: dict[str, typing.Any] = {"rope_scaling": None, "rope_parameters": None}
     for key in rope.keys() & values.keys():
         written = values[key] or {}
+        if not isinstance(written, dict):
+            raise InputError(f"{source}: {key} must be a mapping, got {written!r}")
         kind = written.get("rope_type", written.get("type", "default"))
         if kind != "default":
             raise InputError(f"{source}: {key} of type {kind!r} is not supported (known: default)")

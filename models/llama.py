@@ -8,16 +8,18 @@ the Hugging Face checkpoint, so that weights load with no renaming.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mixlora.errors import InputError
+from mixlora.errors import InputError, did_you_mean
 from mixlora.layers.adapted_model import AdaptedModel
 from mixlora.layers.context import ForwardContext
 from mixlora.layers.kv_cache import KvCache
 from mixlora.layers.lora import Linear
 from mixlora.layers.mixlora_ffn import FeedForward
+from mixlora.ops import ACTIVATIONS
 from models.common import (
     RMSNorm,
     apply_rotary,
@@ -54,6 +56,9 @@ class LlamaConfig:
                 f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {H}, "
                 "or head_dim must be given"
             )
+        if self.hidden_act not in ACTIVATIONS:
+            hint = did_you_mean(self.hidden_act, ACTIVATIONS)
+            raise InputError(f"hidden_act {self.hidden_act!r} is not supported{hint}")
         if H % G:
             raise InputError(
                 f"num_attention_heads {H} must be a multiple of num_key_value_heads {G}"
@@ -124,7 +129,7 @@ class Llama(AdaptedModel):
         V, D = config.vocab_size, config.hidden_size
         self.model = nn.ModuleDict(
             {
-                "embed_tokens": nn.Embedding(V, D),
+                "embed_tokens": nn.Embedding(V, D, _weight=torch.empty(V, D)),
                 "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
                 "norm": RMSNorm(D, config.rms_norm_eps),
             }
