@@ -37,9 +37,10 @@ FOREIGN_KEYS = set(
     "top_p temperature expert_capacity sparse_step ffn_dropout router_z_loss_coef "
     "expert_lora".split()
 )
+PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 ADAPTED = re.compile(r"\.(adapters|mixtures)\.")  # in the names of adapters' parameters
 DESCRIPTIVE_KEYS = set(
-    "auto_mapping inference_mode init_lora_weights megatron_core peft_version revision "
+    "auto_mapping inference_mode megatron_core peft_version revision "
     "qalora_group_size name task_name".split()
 )
 
@@ -53,7 +54,7 @@ class AdapterConfig:
     """
 
     peft_type: str | None = None  # LORA or MIXLORA, by routing_strategy
-    task_type: str = "CAUSAL_LM"
+    task_type: str | None = "CAUSAL_LM"
     base_model_name_or_path: str | None = None
     r: int = 16
     lora_alpha: float = 32
@@ -104,7 +105,10 @@ class AdapterConfig:
         fields = {f.name for f in dataclasses.fields(cls)}
         kept = {}
         for key, value in values.items():
-            if key in fields:
+            if key == "init_lora_weights":
+                if value not in PLAIN_INITS:  # the others change the base model's weights too
+                    raise InputError(f"{source}: {key} = {value!r} is not supported")
+            elif key in fields:
                 kept[key] = value
             elif key in FOREIGN_KEYS and not any(value == inert for inert in INERT):
                 raise InputError(f"{source}: {key} = {value!r} is not supported (only {INERT[0]})")
@@ -220,6 +224,7 @@ def save_adapter(model: AdaptedModel, directory: str | Path, name: str = "defaul
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     values = config.to_dict()
+    values["task_type"] = config.task_type or "CAUSAL_LM"
     values["base_model_name_or_path"] = config.base_model_name_or_path or model.name_or_path
     if config.routing_strategy:
         values["act_fn"] = config.act_fn or model.config.hidden_act

@@ -101,7 +101,7 @@ def _local_folder(path: str | Path) -> Path:
 def _read_config(values: dict, source: str | Path) -> tuple[type[AdaptedModel], typing.Any]:
     """The family and its config; unknown types, ill-typed and unsupported keys are errors."""
     kind = values.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         hint = did_you_mean(str(kind), FAMILIES)
         raise InputError(f"{source}: model_type {kind!r} is not supported{hint}")
     family, config_class = FAMILIES[kind]
@@ -136,13 +136,15 @@ def _read_config(values: dict, source: str | Path) -> tuple[type[AdaptedModel], 
 def _rope(values: dict, source: str | Path) -> dict:
     """rope_theta, wherever it is written; every kind but the default is refused by name."""
     rope: dict[str, typing.Any] = {"rope_scaling": None, "rope_parameters": None}
-    for key in rope.keys() & values.keys():
-        written = values[key] or {}
+    for key in ("rope_scaling", "rope_parameters"):
+        written = values.get(key) or {}
         if not isinstance(written, dict):
             raise InputError(f"{source}: {key} must be a mapping, got {written!r}")
         kind = written.get("rope_type", written.get("type", "default"))
         if kind != "default":
             raise InputError(f"{source}: {key} of type {kind!r} is not supported (known: default)")
+        if surplus := sorted(written.keys() - {"rope_type", "type", "rope_theta"}):
+            raise InputError(f"{source}: {key}.{surplus[0]} is not supported")
         if "rope_theta" in written:
             rope["rope_theta"] = written["rope_theta"]
     return rope

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mixlora.errors import InputError, did_you_mean
 from mixlora.layers.context import ForwardContext, Span, spans_of
-from mixlora.layers.router import load_balance_loss
+from mixlora.layers.router import joined, load_balance_loss
 from mixlora.ops import Routing
 
 
@@ -69,16 +69,23 @@ class AdaptedModel(nn.Module):
 
     def routing(self, name: str) -> list[Routing]:
         """The last forward's routing of one adapter, layer by layer; empty without a router."""
-        return [routing for (owner, _), routing in self._context.routing.items() if owner == name]
+        layers: dict[Any, list[Routing]] = {}
+        for (span, layer), routing in self._context.routing.items():
+            if span.name == name:
+                layers.setdefault(layer, []).append(routing)
+        return [joined(parts) for parts in layers.values()]
 
     def router_loss(self, name: str | None = None) -> Tensor:
         """Auxiliary loss of the last forward, coefficients included (fp32 scalar).
 
         None sums over the adapters of that forward; 0 where there is no router.
         """
-        names = [name] if name else sorted({owner for owner, _ in self._context.routing})
+        if name is not None and name not in self.adapter_configs:
+            hint = did_you_mean(name, self.adapter_configs)
+            raise InputError(f"the model has no adapter named {name!r}{hint}")
+        routed = {span.name for span, _ in self._context.routing} & self.adapter_configs.keys()
         loss = torch.zeros((), device=next(self.parameters()).device)
-        for owner in names:
+        for owner in [name] if name else sorted(routed):
             config, layers = self.adapter_configs[owner], self.routing(owner)
             if layers and config.router_loss:
                 loss = loss + config.router_aux_loss_coef * load_balance_loss(

@@ -25,8 +25,8 @@ class ForwardContext:
 
     spans: tuple[Span, ...]  # in order, every row in one
     mask_BS: Tensor | None = None  # True = real token; None = all are
-    # (adapter, feed-forward) -> its Routing: a block that is computed again finds its experts here
-    routing: dict[tuple[str, Any], Any] = field(default_factory=dict)
+    # (span, feed-forward) -> its Routing: a block that is computed again finds its experts here
+    routing: dict[tuple[Span, Any], Any] = field(default_factory=dict)
 
 
 def spans_of(names: Sequence[str | None]) -> tuple[Span, ...]:

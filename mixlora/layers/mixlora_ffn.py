@@ -53,9 +53,9 @@ class FeedForward(nn.Module):
         mixture = self.mixtures[span.name]
         x_TD, gate_TF, up_TF = (x.flatten(0, 1) for x in (x_BSD, gate_BSF, up_BSF))
         mask_T = None if context.mask_BS is None else span.rows(context.mask_BS).flatten()
-        before = context.routing.get((span.name, self))
+        before = context.routing.get((span, self))
         routing = mixture.moe_gate(x_TD, mask_T, before and before.expert_TK)
-        context.routing.setdefault((span.name, self), routing)
+        context.routing.setdefault((span, self), routing)
         hbar_TF, delta_TD = mixture(x_TD, gate_TF, up_TF, routing)
         if self.down_proj.bias is not None:  # it enters as (sum_k g_k) b2; down_proj adds b2
             extra_T1 = routing.weight_TK.sum(-1, keepdim=True) - 1

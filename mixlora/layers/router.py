@@ -28,11 +28,20 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None, expert_TK: Tensor | None) -> Routing:
         """`expert_TK`: the experts chosen before, where a block is computed again in backward."""
-        x_TD = x_TD.to(self.weight.dtype)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)  # also in a model cast to bf16
+        x_TD = x_TD.to(wide)
         if self.training and self.jitter_noise:
             low, high = 1 - self.jitter_noise, 1 + self.jitter_noise
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(low, high)
-        return topk_router(x_TD @ self.weight.T, self.top_k, mask_T, expert_TK)
+        return topk_router(x_TD @ self.weight.to(wide).T, self.top_k, mask_T, expert_TK)
+
+
+def joined(parts: Sequence[Routing]) -> Routing:
+    """The routing of a layer's tokens whose rows are not adjacent."""
+    if len(parts) == 1:
+        return parts[0]
+    experts, weights, *sums = zip(*parts, strict=True)
+    return Routing(torch.cat(experts), torch.cat(weights), *(torch.stack(x).sum(0) for x in sums))
 
 
 def load_balance_loss(

@@ -16,6 +16,7 @@ x, A and B share one dtype; sums inside a row follow the library's GEMM. T and N
 import torch
 from torch import Tensor
 
+from mixlora.ops._switch import use_reference
 from mixlora.ops.moe_sort import Plan
 
 
@@ -38,7 +39,8 @@ def grouped_lora_ref(
 
 
 def grouped_shrink(x_TI: Tensor, lora_a_ERI: Tensor, plan: Plan) -> Tensor:
-    return _GroupedShrink.apply(x_TI, lora_a_ERI, plan)
+    run = grouped_shrink_ref if use_reference() else _GroupedShrink.apply
+    return run(x_TI, lora_a_ERI, plan)
 
 
 def grouped_shrink_ref(x_TI: Tensor, lora_a_ERI: Tensor, plan: Plan) -> Tensor:

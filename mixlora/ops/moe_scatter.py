@@ -22,6 +22,7 @@ def moe_scatter_ref(y_ND: Tensor, plan: Plan, weight_TK: Tensor | None = None) -
     T, K = row_TK.shape
     y_TKD = y_ND.index_select(0, row_TK.clamp_min(0).flatten()).unflatten(0, (T, K))
     y_TKD = y_TKD.to(torch.promote_types(y_ND.dtype, torch.float32))
+    y_TKD = y_TKD.masked_fill((row_TK < 0)[..., None], 0)
     if weight_TK is not None:
-        y_TKD = y_TKD * weight_TK[..., None]
-    return y_TKD.masked_fill((row_TK < 0)[..., None], 0).sum(1).to(y_ND.dtype)
+        y_TKD = y_TKD * weight_TK.masked_fill(row_TK < 0, 0)[..., None]
+    return y_TKD.sum(1).to(y_ND.dtype)

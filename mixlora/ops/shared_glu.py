@@ -137,7 +137,7 @@ class _SharedGlu(torch.autograd.Function):
         s, act_backward = expert.scaling, expert.act_backward
 
         def zeros(x: Tensor | None) -> Tensor | None:
-            return None if x is None else torch.zeros_like(x, dtype=expert.wide)
+            return None if x is None else torch.zeros(x.shape, dtype=expert.wide, device=x.device)
 
         d_gate, d_up, d_weight = zeros(gate_TF), zeros(up_TF), zeros(weight_TK)
         d_a_gate, d_a_up, d_b_gate, d_b_up, d_a_down = map(zeros, tensors[2:7])

@@ -1,0 +1,290 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixlora import ops
+from mixlora.ops.philox import keep_mask
+from tests.numerics import assert_close, assert_close_to_ref64
+from tests.tiny import ROUTINGS, normal, scattered, some_plan
+
+cases = pytest.mark.parametrize("T, K, E, load", ROUTINGS.values(), ids=ROUTINGS)
+act = pytest.mark.parametrize("act", ops.ACTIVATIONS)
+dropout = pytest.mark.parametrize("dropout", [0.0, 0.3])
+ACTS = {
+    "silu": lambda x: x * torch.sigmoid(x),
+    "gelu": lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": lambda x: x.clamp_min(0),
+}
+SCALING, SEED = 1.7, torch.tensor(2**61 + 12345)
+ABSENT = {
+    "nothing": (),
+    "gate": (2, 4),
+    "up": (3, 5),
+    "down": (6,),
+    "gate and up": (2, 3, 4, 5),
+    "all": (2, 3, 4, 5, 6),
+}
+absent = pytest.mark.parametrize("without", ABSENT.values(), ids=ABSENT)
+
+
+def inputs(
+    plan: ops.Plan, E: int, F: int = 13, R: int = 3, dtype=torch.float64, without=()
+) -> list[Tensor | None]:
+    """The seven tensors and weight_TK; empty slots' weights and a_TKR are NaN: nobody's."""
+    T, K = plan.expert_TK.shape
+    shapes = (T, F), (T, F), (T, K, R), (T, K, R), (E, F, R), (E, F, R), (E, R, F), (T, K)
+    tensors = [normal(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
+    for i in (2, 3, 7):
+        tensors[i][plan.expert_TK < 0] = torch.nan
+    return [None if i in without else x for i, x in enumerate(tensors)]
+
+
+def call(op, tensors: list[Tensor | None], plan: ops.Plan, *options) -> tuple:
+    return op(*tensors[:7], plan, tensors[7], SCALING, *options)
+
+
+def with_gradients(op, tensors, plan: ops.Plan, *options) -> dict[str, Tensor]:
+    """Both outputs and the gradients of every input, by name."""
+    leaves = [None if x is None else x.detach().clone().requires_grad_() for x in tensors]
+    outputs = [x for x in call(op, leaves, plan, *options) if x is not None]
+    dys = [normal(*x.shape, seed=20 + i, dtype=x.dtype) for i, x in enumerate(outputs)]
+    used = [x for x in leaves if x is not None]
+    names = "gate up a_gate a_up b_gate b_up a_down weight".split()
+    found = iter(torch.autograd.grad(outputs, used, dys))
+    gradients = {
+        f"d_{name}": next(found) for name, x in zip(names, leaves, strict=True) if x is not None
+    }
+    return {**dict(zip(("hbar", "z"), outputs, strict=False)), **gradients}
+
+
+def slot_by_slot(tensors, plan: ops.Plan, act: str, dropout: float) -> tuple:
+    """The definition, one slot at a time."""
+    gate_TF, up_TF, a_gate, a_up, b_gate, b_up, a_down, weight_TK = tensors
+    T, K = plan.expert_TK.shape
+    hbar, z = [], []
+    for t in range(T):
+        hbar_F = torch.zeros_like(gate_TF[t])
+        for k, e in enumerate(plan.expert_TK[t].tolist()):
+            if e < 0:
+                z.append(None if a_down is None else a_down.new_zeros(a_down.shape[1]))
+                continue
+            gate_F = gate_TF[t] + (0 if a_gate is None else SCALING * (b_gate[e] @ a_gate[t, k]))
+            up_F = up_TF[t] + (0 if a_up is None else SCALING * (b_up[e] @ a_up[t, k]))
+            h_F = ACTS[act](gate_F) * up_F
+            hbar_F = hbar_F + weight_TK[t, k] * h_F
+            kept_F = keep_mask(SEED, torch.tensor([t * K + k]), len(h_F), dropout)[0]
+            z.append(None if a_down is None else a_down[e] @ (h_F * kept_F / (1 - dropout)))
+        hbar.append(hbar_F)
+    if not T:
+        return gate_TF * 0, None if a_down is None else a_down.new_zeros(0, K, a_down.shape[1])
+    return torch.stack(hbar), None if a_down is None else torch.stack(z).unflatten(0, (T, K))
+
+
+@cases
+@dropout
+@pytest.mark.parametrize("op", [ops.shared_glu, ops.shared_glu_ref])
+def test_definition(op, T: int, K: int, E: int, load: str, dropout: float) -> None:
+    plan = some_plan(T, K, E, load)
+    tensors = inputs(plan, E)
+    hbar_TF, z_TKR = call(op, tensors, plan, "silu", dropout, SEED)
+    wanted_TF, wanted_TKR = slot_by_slot(tensors, plan, "silu", dropout)
+    assert_close(hbar_TF, wanted_TF)
+    assert_close(z_TKR, wanted_TKR)
+    assert not z_TKR[plan.expert_TK < 0].any()
+
+
+@cases
+@absent
+def test_all_gradients(T: int, K: int, E: int, load: str, without: tuple) -> None:
+    plan = some_plan(T, K, E, load)
+    tensors = inputs(plan, E, without=without)
+    options = "silu", 0.3, SEED
+    native = with_gradients(ops.shared_glu, tensors, plan, *options)
+    wanted = with_gradients(ops.shared_glu_ref, tensors, plan, *options)
+    assert native.keys() == wanted.keys()
+    assert ("z" in native) == (6 not in without)
+    for name, value in native.items():
+        assert_close(value, wanted[name].nan_to_num() if "d_" in name else wanted[name])
+
+
+@act
+def test_activations(act: str) -> None:
+    plan = some_plan(8, 2, 4, "empty slots")
+    tensors = inputs(plan, 4)
+    for found, wanted in zip(
+        call(ops.shared_glu, tensors, plan, act), slot_by_slot(tensors, plan, act, 0.0), strict=True
+    ):
+        assert_close(found, wanted)
+
+
+@act
+def test_gradcheck(act: str) -> None:
+    plan = some_plan(3, 2, 3, "uniform")
+    leaves = [x.requires_grad_() for x in inputs(plan, 3, F=3, R=2)]
+
+    def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return call(ops.shared_glu, tensors, plan, act, 0.3, SEED)
+
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=act != "silu")
+
+
+@absent
+@pytest.mark.parametrize("load", ["empty slots", "some empty"])
+def test_gradcheck_without(without: tuple, load: str) -> None:
+    plan = some_plan(4, 2, 3, load)
+    tensors = [
+        None if x is None else x.nan_to_num() for x in inputs(plan, 3, 4, 2, without=without)
+    ]
+    used = [x.requires_grad_() for x in tensors if x is not None]
+
+    def run(*used: Tensor) -> list[Tensor]:
+        values = iter(used)
+        filled = [None if x is None else next(values) for x in tensors]
+        return [x for x in call(ops.shared_glu, filled, plan, "silu", 0.3, SEED) if x is not None]
+
+    assert torch.autograd.gradcheck(run, used, fast_mode=True)
+
+
+def test_gradient_of_a_weight_that_is_zero() -> None:
+    plan = some_plan(6, 2, 4, "uniform")
+    tensors = inputs(plan, 4)
+    tensors[7][:, 0] = 0
+    native = with_gradients(ops.shared_glu, tensors, plan)
+    wanted = with_gradients(ops.shared_glu_ref, tensors, plan)
+    assert (native["d_weight"][:, 0].abs() > 1e-3).all()
+    assert_close(native["d_weight"], wanted["d_weight"])
+
+
+def test_only_one_output_is_used() -> None:
+    plan = some_plan(6, 2, 4, "uniform")
+    for output, unused in ((0, 6), (1, 7)):
+        leaves = [x.requires_grad_() for x in inputs(plan, 4)]
+        found = torch.autograd.grad(call(ops.shared_glu, leaves, plan)[output].sum(), leaves)
+        ref = call(ops.shared_glu_ref, leaves, plan)[output].sum()
+        wanted = torch.autograd.grad(ref, leaves, allow_unused=True, materialize_grads=True)
+        for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
+            assert a.any() == (i != unused)
+            assert_close(a, b)
+
+
+@pytest.mark.parametrize("load", ["zipf", "empty slots"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@dropout
+def test_low_precision(dtype: torch.dtype, load: str, dropout: float) -> None:
+    plan = some_plan(150, 2, 8, load)
+    tensors = [x.nan_to_num() for x in inputs(plan, 8, F=72, R=6, dtype=dtype)]
+    tensors[7] = tensors[7].float()  # routing is fp32 whatever the model's dtype
+    options = "silu", dropout, SEED
+    native = with_gradients(ops.shared_glu, tensors, plan, *options)
+    ref = with_gradients(ops.shared_glu_ref, tensors, plan, *options)
+    assert native["hbar"].dtype == native["d_gate"].dtype == native["d_a_gate"].dtype == dtype
+    assert native["z"].dtype == native["d_weight"].dtype == torch.float32
+
+    ref64 = with_double_gradients(tensors, plan, native, *options)
+    for name, value in native.items():
+        factor = 3 if name.startswith("d_") else 2
+        assert_close_to_ref64(value, ref[name], ref64[name], factor=factor)
+
+
+def with_double_gradients(tensors, plan: ops.Plan, native: dict, *options) -> dict[str, Tensor]:
+    """The reference in float64 on the same numbers, output gradients included."""
+    leaves = [x.double().requires_grad_() for x in tensors]
+    hbar_TF, z_TKR = call(ops.shared_glu_ref, leaves, plan, *options)
+    dys = [
+        normal(*x.shape, seed=20 + i, dtype=native[name].dtype).double()
+        for i, (name, x) in enumerate({"hbar": hbar_TF, "z": z_TKR}.items())
+    ]
+    found = torch.autograd.grad((hbar_TF, z_TKR), leaves, dys)
+    names = [name for name in native if name.startswith("d_")]
+    return {"hbar": hbar_TF, "z": z_TKR, **dict(zip(names, found, strict=True))}
+
+
+def test_adapter_in_fp32_around_a_model_in_bfloat16() -> None:
+    plan = some_plan(40, 2, 4, "uniform")
+    tensors = inputs(plan, 4, dtype=torch.bfloat16)
+    tensors[4:] = [x.float() for x in tensors[4:]]
+    native = with_gradients(ops.shared_glu, tensors, plan)
+    assert native["d_b_gate"].dtype == native["d_a_down"].dtype == torch.float32
+    ref = with_gradients(ops.shared_glu_ref, tensors, plan)
+    ref64 = with_double_gradients(tensors, plan, native)
+    for name, value in native.items():
+        assert_close_to_ref64(value, ref[name], ref64[name], factor=3 if "d_" in name else 2)
+
+
+@pytest.mark.parametrize("load", ["uniform", "empty slots"])
+def test_non_contiguous(load: str) -> None:
+    plan = some_plan(40, 3, 5, load)
+    tensors = [x.nan_to_num() for x in inputs(plan, 5)]
+    wanted = with_gradients(ops.shared_glu, tensors, plan, "silu", 0.3, SEED)
+    for view in (scattered, last_first, second_first):
+        leaves = [view(x) for x in tensors]
+        assert not any(x.is_contiguous() for x in leaves)
+        leaves = [x.requires_grad_() for x in leaves]
+        outputs = call(ops.shared_glu, leaves, plan, "silu", 0.3, SEED)
+        dys = [scattered(normal(*x.shape, seed=20 + i)) for i, x in enumerate(outputs)]
+        found = [*outputs, *torch.autograd.grad(outputs, leaves, dys)]
+        for a, (name, b) in zip(found, wanted.items(), strict=True):
+            assert a.any(), name
+            assert_close(a, b)
+
+
+def last_first(x: Tensor) -> Tensor:
+    """The same values, last dimension first in memory."""
+    return x.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
+def second_first(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def test_dropout() -> None:
+    plan = some_plan(60, 2, 5, "uniform")
+    tensors = inputs(plan, 5)
+    hbar_TF, z_TKR = call(ops.shared_glu, tensors, plan)
+    dropped_TF, dropped_TKR = call(ops.shared_glu, tensors, plan, "silu", 0.3, SEED)
+    assert torch.equal(dropped_TF, hbar_TF)  # dropout is on the LoRA path alone
+    assert not torch.equal(dropped_TKR, z_TKR)
+    other_TKR = call(ops.shared_glu, tensors, plan, "silu", 0.3, SEED + 1)[1]
+    assert not torch.equal(other_TKR, dropped_TKR)
+    off_TKR = call(ops.shared_glu, tensors, plan, "silu", 0.0, SEED)[1]
+    assert torch.equal(off_TKR, z_TKR)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
+    plan = some_plan(60, 2, 5, "zipf")
+    tensors = inputs(plan, 5, dtype=dtype)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 1, 2):
+            torch.set_num_threads(threads)
+            results.append(with_gradients(ops.shared_glu, tensors, plan, "silu", 0.1, SEED))
+    finally:
+        torch.set_num_threads(before)
+    for name, value in results[0].items():
+        assert torch.equal(results[1][name], value), f"{name}, again"
+        assert torch.equal(results[2][name], value), f"{name}, two threads"
+
+
+def test_reference_switch() -> None:
+    plan = some_plan(60, 2, 5, "empty slots")
+    tensors = [x.nan_to_num().requires_grad_() for x in inputs(plan, 5)]
+    native = call(ops.shared_glu, tensors, plan)
+    with ops.reference():
+        switched = call(ops.shared_glu, tensors, plan)
+    for a, b, c in zip(native, switched, call(ops.shared_glu_ref, tensors, plan), strict=True):
+        assert b.grad_fn.name() == c.grad_fn.name() != a.grad_fn.name()
+        assert torch.equal(b, c)
+        assert_close(a, b)
+
+
+def test_wrong_arguments() -> None:
+    plan = some_plan(6, 2, 4, "uniform")
+    tensors = inputs(plan, 4)
+    with pytest.raises(ValueError, match="shared_glu: act must be one of .*, got 'tanh'"):
+        call(ops.shared_glu, tensors, plan, "tanh")
+    with pytest.raises(ValueError, match="shared_glu: dropout 0.3 needs a seed"):
+        call(ops.shared_glu, tensors, plan, "silu", 0.3)
