@@ -71,6 +71,7 @@ def plot_run(
     axis = next(axes)
     for name, steps in curves.items():
         axis.plot([s["step"] for s in steps], _smooth([s["loss"] for s in steps]), label=name)
+    axis.set_yscale("log")
     axis.set(
         title="training loss (running mean of 10)", xlabel="step", ylabel="nats per label token"
     )
@@ -90,14 +91,14 @@ def plot_run(
             label = "majority rate" if x == 0 else None
             axis.hlines(majority, x, x + 0.8, colors="black", linestyles="dotted", label=label)
         axis.set_xticks([x + 0.4 for x in range(len(tasks))], tasks, rotation=30, ha="right")
-        axis.set(title="accuracy ± standard error", ylabel="%", ylim=(0, 105))
-        axis.legend(fontsize="small", loc="lower right")
+        axis.set(title="accuracy ± standard error", ylabel="%", ylim=(0, 130))
+        axis.legend(fontsize="small", loc="upper center", ncols=2)
 
     for name, load in loads.items():
         axis = next(axes)
         image = axis.imshow(load, aspect="auto", vmin=0, vmax=max(map(max, load)))
         axis.set(title=f"expert load, {name} (even: {1 / len(load[0]):.3f})")
-        axis.set(xlabel="expert", ylabel="layer")
+        axis.set(xlabel="expert", ylabel="layer", yticks=range(len(load)))
         figure.colorbar(image, ax=axis, label="share of selections")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -61,7 +61,7 @@ def test_evaluate(quickstart_run: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_generate(capsys: pytest.CaptureFixture[str]) -> None:
     command = next(c for c in COMMANDS if "generate.py" in c)
     assert generate.main(shlex.split(command)[2:]) == 0
-    assert capsys.readouterr().out.startswith("3 plus 4 is")
+    assert capsys.readouterr().out.startswith("3 + 4 =")
 
 
 def test_prepare_then_train_on_ones_own_model_then_resume(
