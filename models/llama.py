@@ -166,9 +166,10 @@ class Llama(AdaptedModel):
         context = self.begin(
             tokens_BS,
             adapters,
+            cache,
             mask_BS=mask_BS,
-            positions_BS=positions_BS,
             segments_BS=segments_BS,
+            positions_BS=positions_BS,
             labels_BS=labels_BS,
             select_BS=select_BS,
         )

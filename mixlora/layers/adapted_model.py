@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mixlora.errors import InputError, did_you_mean
 from mixlora.layers.context import ForwardContext, Span, spans_of
+from mixlora.layers.kv_cache import KvCache
 from mixlora.layers.router import joined, load_balance_loss
 from mixlora.ops import Routing
 
@@ -28,7 +29,10 @@ class AdaptedModel(nn.Module):
         self,
         tokens_BS: Tensor,
         adapters: Sequence[str | None] | None,
-        mask_BS: Tensor | None,
+        cache: KvCache | None = None,
+        *,
+        mask_BS: Tensor | None = None,
+        segments_BS: Tensor | None = None,
         **others_BS: Tensor | None,
     ) -> ForwardContext:
         """Check a forward's inputs and make its context.
@@ -39,7 +43,8 @@ class AdaptedModel(nn.Module):
             got = f"{tokens_BS.dtype} {list(tokens_BS.shape)}"
             raise InputError(f"tokens must be integers [B, S], got {got}")
         B, S = tokens_BS.shape
-        for name, x_BS in {"mask_BS": mask_BS, **others_BS}.items():
+        tensors = {"mask_BS": mask_BS, "segments_BS": segments_BS, **others_BS}
+        for name, x_BS in tensors.items():
             if x_BS is not None and x_BS.shape != (B, S):
                 raise InputError(f"{name} must be [B, S] = [{B}, {S}], got {list(x_BS.shape)}")
             if x_BS is not None and name in ("mask_BS", "select_BS") and x_BS.dtype != torch.bool:
@@ -53,7 +58,7 @@ class AdaptedModel(nn.Module):
         for name in {span.name for span in spans} - {None, *self.adapter_configs}:
             hint = did_you_mean(name, self.adapter_configs)
             raise InputError(f"the model has no adapter named {name!r}{hint}")
-        self._context = ForwardContext(spans, mask_BS)
+        self._context = ForwardContext(spans, mask_BS, segments_BS, cache)
         return self._context
 
     @contextlib.contextmanager

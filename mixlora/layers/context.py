@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from mixlora.layers.kv_cache import KvCache
+
 
 class Span(NamedTuple):
     """Adjacent rows of the batch that share an adapter; None is the base model."""
@@ -25,6 +27,8 @@ class ForwardContext:
 
     spans: tuple[Span, ...]  # in order, every row in one
     mask_BS: Tensor | None = None  # True = real token; None = all are
+    segments_BS: Tensor | None = None  # documents of packed rows; None = a row is one
+    cache: KvCache | None = None  # what the rows have seen before
     # (span, feed-forward) -> its Routing: a block that is computed again finds its experts here
     routing: dict[tuple[Span, Any], Any] = field(default_factory=dict)
 
