@@ -22,7 +22,9 @@ import torch
 import mixlora
 import models
 from mixlora import config as configs
-from mixlora.adapters import AdapterConfig, adapter_parameters, check_adapter
+from mixlora.adapter_config import AdapterConfig
+from mixlora.adapter_files import read_tensors
+from mixlora.adapters import PARTS, freeze_but, trained_parameters
 from mixlora.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from mixlora.data import (
     DataConfig,
@@ -58,6 +60,8 @@ class LoopConfig:
     micro_batch_size: int | None = None  # samples per forward; None = batch_size
     max_seq_len: int = 512  # longer prompts lose their beginning
     gradient_checkpointing: bool = False  # per block: less memory, one more forward
+    start_from: str | None = None  # an adapter's folder; None = fresh
+    parts: list[Literal[PARTS]] = field(default_factory=lambda: list(PARTS))  # the rest is frozen
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -65,6 +69,8 @@ class LoopConfig:
         for key in ("steps", "epochs", "batch_size", "micro_batch_size", "max_seq_len"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise InputError(f"{key} must be >= 1, got {getattr(self, key)}")
+        if not self.parts:
+            raise InputError(f"parts must name at least one of {', '.join(PARTS)}")
 
 
 @dataclass
@@ -130,7 +136,12 @@ class TrainConfig:
 
     def runs(self) -> list[AdapterRun]:
         own = {key: getattr(self, key) for key in INHERITED}
-        return self.adapters or [AdapterRun("default", **own)]
+        runs = self.adapters or [AdapterRun("default", **own)]
+        for run in runs:
+            if run.adapter.capacity_factor and not run.adapter.capacity_seq_len:
+                length = run.train.max_seq_len
+                run.adapter = dataclasses.replace(run.adapter, capacity_seq_len=length)
+        return runs
 
 
 @command
@@ -161,7 +172,8 @@ def main(argv: list[str]) -> int:
     tokenizer = Tokenizer(config.model.base, model.config.vocab_size)
     datasets = [load_dataset(r.data, tokenizer, r.train.max_seq_len) for r in config.runs()]
     for run in config.runs():
-        check_adapter(model, run.adapter, run.name)
+        begin_adapter(model, run)
+        mixlora.remove_adapter(model, run.name)
         if run.train.max_seq_len > model.config.max_position_embeddings:
             raise InputError(
                 f"train.max_seq_len {run.train.max_seq_len} exceeds the model's "
@@ -191,7 +203,7 @@ def fine_tune(
 ) -> None:
     """Train one adapter. The loss of a step is that of all its label tokens, whatever the cut."""
     torch.manual_seed(config.run.seed)
-    mixlora.add_adapter(model, run.adapter, run.name)
+    begin_adapter(model, run)
     mixlora.print_trainable_parameters(model)
     device = next(model.parameters()).device
     samples, batch_size = dataset.samples, run.train.batch_size
@@ -199,7 +211,7 @@ def fine_tune(
         f"{run.name}: {len(samples)} samples, {dataset.num_truncated} prompts truncated, "
         f"{dataset.num_skipped} skipped (answer longer than train.max_seq_len)"
     )
-    parameters = adapter_parameters(model, run.name)
+    parameters = trained_parameters(model, run.name)
     optimizer = make_optimizer(parameters, run.optim, run.adapter.loraplus_lr_ratio)
     epoch_steps = steps_per_epoch(len(samples), batch_size)
     num_steps = run.train.steps or run.train.epochs * epoch_steps
@@ -263,6 +275,14 @@ def fine_tune(
     progress.close()
     log.close()
     mixlora.save_adapter(model, folder / "adapter", run.name)
+
+
+def begin_adapter(model: AdaptedModel, run: AdapterRun) -> None:
+    """The adapter as its training begins: fresh or from a folder, in part frozen."""
+    mixlora.add_adapter(model, run.adapter, run.name)
+    if run.train.start_from is not None:
+        read_tensors(model, run.train.start_from, run.name)
+    freeze_but(model, run.name, run.train.parts)
 
 
 def open_run_folder(config: TrainConfig, resume: bool) -> Path:

@@ -3,14 +3,14 @@
 import importlib.metadata
 import warnings
 
+from mixlora.adapter_config import AdapterConfig
+from mixlora.adapter_files import load_adapter, save_adapter
 from mixlora.adapters import (
-    AdapterConfig,
     add_adapter,
     disable_adapters,
-    load_adapter,
+    merge,
     print_trainable_parameters,
     remove_adapter,
-    save_adapter,
 )
 
 __version__ = "0.1.0"
@@ -19,6 +19,7 @@ __all__ = [
     "add_adapter",
     "disable_adapters",
     "load_adapter",
+    "merge",
     "print_trainable_parameters",
     "remove_adapter",
     "save_adapter",

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from mixlora.adapters import adapter_parameters, read_tensors, save_adapter
+from mixlora.adapter_files import read_tensors, save_adapter
+from mixlora.adapters import trained_parameters
 from mixlora.files import (
     TensorFile,
     check_shapes,
@@ -49,10 +50,10 @@ def save_checkpoint(
     for leftover in (temporary, final):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_adapter(model, temporary, name)
+    save_adapter(model, temporary, name, pickled=False)
     tensors = {
         f"{key}.{moment}": optimizer.state[parameter][moment]
-        for key, parameter in adapter_parameters(model, name).items()
+        for key, parameter in trained_parameters(model, name).items()
         for moment in MOMENTS
     }
     tensors[GENERATOR] = torch.get_rng_state()
@@ -68,7 +69,7 @@ def load_checkpoint(
     path: Path, model: AdaptedModel, name: str, optimizer: torch.optim.Optimizer
 ) -> int:
     """Restore adapter, optimizer and random generator; returns the number of steps done."""
-    parameters = adapter_parameters(model, name)
+    parameters = trained_parameters(model, name)
     file = TensorFile(path / OPTIMIZER_FILE)
     wanted = {f"{key}.step": () for key in parameters} | {GENERATOR: torch.get_rng_state().shape}
     for key, parameter in parameters.items():

@@ -106,8 +106,12 @@ def _convert(kind: Any, node: Located, key: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if node.value is None and type(None) in arguments:
             return None
-        (kind,) = (argument for argument in arguments if argument is not type(None))
-        return _convert(kind, node, key)
+        kinds = [argument for argument in arguments if argument is not type(None)]
+        fits = [kind for kind in kinds if _is_list(kind) == isinstance(node.value, list)]
+        if len(kinds) == 1 or (fits and not isinstance(node.value, (dict, type(None)))):
+            return _convert((fits or kinds)[0], node, key)
+        names = " or ".join(map(_name, kinds))
+        raise InputError(f"{node.where}: {key} must be {names}, got {_show(node)}")
     if dataclasses.is_dataclass(kind):
         return build(kind, node, key)
     if origin is list and isinstance(node.value, list):
@@ -121,6 +125,10 @@ def _convert(kind: Any, node: Located, key: str) -> Any:
         if _is_sound(value):
             return value
     raise InputError(f"{node.where}: {key} must be {_name(kind)}, got {_show(node)}")
+
+
+def _is_list(kind: Any) -> bool:
+    return typing.get_origin(kind) is list
 
 
 def _apply(tree: Located, override: str) -> None:

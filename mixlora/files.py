@@ -1,14 +1,17 @@
 """Files: safetensors and JSON read with every fault named, written whole or not at all.
 
-Tensors are memory-mapped: one is read when it is asked for. Nothing is ever unpickled.
+Tensors are memory-mapped: one is read when it is asked for. A pickled file (.bin) is read by
+torch's reader of tensors alone, which runs no code of the file.
 """
 
+import io
 import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import safetensors
+import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
@@ -36,6 +39,31 @@ class TensorFile:
 
     def __getitem__(self, name: str) -> Tensor:
         return self._file.get_tensor(name)
+
+
+class PickledTensorFile:
+    """A .bin file of torch.save: a dictionary of tensors and nothing else."""
+
+    SAFE_TORCH = (2, 10)  # earlier ones ran code in spite of weights_only (CVE-2026-24747)
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if tuple(map(int, torch.__version__.split(".")[:2])) < self.SAFE_TORCH:
+            raise InputError(f"{path}: a .bin file is read by torch 2.10 or newer only")
+        try:
+            tensors = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch's reader raises whatever a damaged file makes it
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{path}: not a file of tensors: {reason}") from None
+        if not isinstance(tensors, dict) or not all(
+            isinstance(key, str) and isinstance(x, Tensor) for key, x in tensors.items()
+        ):
+            raise InputError(f"{path}: must hold a dictionary of tensors by name")
+        self._tensors: dict[str, Tensor] = tensors
+        self.shapes: dict[str, Shape] = {key: tuple(x.shape) for key, x in tensors.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
 
 
 def check_shapes(
@@ -74,6 +102,14 @@ def write_tensors(
 ) -> None:
     contiguous = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     write_bytes(path, to_bytes(contiguous, metadata={"format": "pt", **(metadata or {})}))
+
+
+def write_pickled_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    content = io.BytesIO()
+    torch.save(
+        {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}, content
+    )
+    write_bytes(path, content.getvalue())
 
 
 def write_json(path: str | Path, value: object) -> None:

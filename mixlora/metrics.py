@@ -71,9 +71,9 @@ def routing_metrics(forwards: Sequence[Sequence[Routing]]) -> dict[str, list]:
     load, entropy = [], []
     for layer in zip(*forwards, strict=True):
         num_tokens = sum(routing.num_tokens.item() for routing in layer)
-        selections = num_tokens * layer[0].expert_TK.shape[1]
         count_E = sum(routing.count_E for routing in layer)
-        load.append([round(count / max(1, selections), 5) for count in count_E.tolist()])
+        selections = max(1, count_E.sum().item())
+        load.append([round(count / selections, 5) for count in count_E.tolist()])
         total = sum(routing.entropy.item() for routing in layer)
         entropy.append(round(total / max(1, num_tokens), 5))
     return {"expert_load": load, "router_entropy": entropy}

@@ -212,7 +212,7 @@ def test_config_documentation_names_every_key() -> None:
     def keys(kind: type, prefix: str = "") -> list[str]:
         found = []
         for name, hint in typing.get_type_hints(kind).items():
-            inner = typing.get_args(hint)[0] if typing.get_origin(hint) is list else hint
+            inner = typing.get_args(hint)[0] if typing.get_args(hint) else hint
             nested = dataclasses.is_dataclass(inner)
             found += keys(inner, f"{prefix}{name}.") if nested else [prefix + name]
         return found
@@ -230,3 +230,75 @@ def test_a_run_does_not_go_on_under_other_settings(settings: dict, tmp_path: Pat
         assert f"{change.partition('=')[0]} was" in capsys.readouterr().err
         assert (folder / "config.yaml").read_text() == before
     assert train.main(["--config", config, "--resume", "run.keep_last=1"]) == 0
+
+
+KINDS = {
+    "DoRA": {"r": 4, "use_dora": True, "lora_dropout": 0.1},
+    "MixDoRA": {**MIXLORA, "use_dora": True},
+    "dynamic": {"routing_strategy": "mixlora-dynamic", "r": 2, "num_experts": 3},
+    "switch": {"routing_strategy": "mixlora-switch", "r": 2, "num_experts": 3, "ffn_dropout": 0.1},
+    "mola": {"routing_strategy": "mola", "r": 2, "num_experts": 3, "router_loss": True},
+    "loramoe": {"routing_strategy": "loramoe", "r": 2, "num_experts": 3},
+}
+
+
+@pytest.mark.parametrize("adapter", KINDS.values(), ids=KINDS)
+def test_every_kind_trains_and_resumes_exactly(
+    adapter: dict, settings: dict, tmp_path: Path
+) -> None:
+    settings |= {"adapter": adapter}
+    settings["optim"]["schedule"] = "constant"
+    settings["train"] |= {"steps": 3, "gradient_checkpointing": True}
+    shutil.move(run(settings, tmp_path), tmp_path / "whole")
+    settings["train"]["steps"] = 2
+    folder = run(settings, tmp_path)
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("steps: 2\n", "steps: 3\n", 1))
+    settings["train"]["steps"] = 3
+    run(settings, tmp_path, "--resume")
+    assert metrics(folder) == metrics(tmp_path / "whole")
+    assert_same_weights(weights(folder), weights(tmp_path / "whole"))
+
+
+def test_parts_of_a_trained_adapter(settings: dict, tmp_path: Path) -> None:
+    """The routers alone, from where another run stopped."""
+    first = run(settings, tmp_path)
+    before = weights(first)
+    start = shutil.move(first / "default" / "adapter", tmp_path / "start")
+    settings["train"] |= {"start_from": str(start), "parts": ["routers"], "steps": 2}
+    settings["run"] |= {"overwrite": True}
+    after = weights(run(settings, tmp_path))
+    assert before.keys() == after.keys()
+    for key in before:
+        assert torch.equal(before[key], after[key]) == ("moe_gate" not in key), key
+
+
+def test_capacity_by_the_formula(settings: dict, tmp_path: Path) -> None:
+    settings["adapter"] = {
+        "routing_strategy": "mixlora-switch",
+        "num_experts": 4,
+        "capacity_factor": 1.5,
+    }
+    settings["train"]["steps"] = 1
+    folder = run(settings, tmp_path)
+    saved = json.loads((folder / "default" / "adapter" / "adapter_config.json").read_text())
+    assert saved["expert_capacity"] == 36  # 96 / 4 * 1.5
+
+
+@pytest.mark.parametrize(
+    "train_options, said",
+    [
+        ({"start_from": "nowhere"}, "nowhere/adapter_model.safetensors: no such file"),
+        ({"parts": []}, "train.parts must name at least one of routers, experts, lora"),
+        ({"parts": ["router"]}, "train.parts.0 must be routers or experts or lora, got 'router'"),
+    ],
+)
+def test_wrong_beginnings(
+    train_options: dict, said: str, settings: dict, tmp_path: Path, capsys
+) -> None:
+    settings["train"] |= train_options
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    assert train.main(["--config", str(path)]) == 2
+    assert said in capsys.readouterr().err
+    assert not Path(settings["run"]["dir"]).exists()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mixlora.errors import InputError, did_you_mean
 from mixlora.layers.context import ForwardContext, Span, spans_of
 from mixlora.layers.kv_cache import KvCache
-from mixlora.layers.router import joined, load_balance_loss
+from mixlora.layers.router import joined, load_balance_loss, z_loss
 from mixlora.ops import Routing
 
 
@@ -93,7 +93,8 @@ class AdaptedModel(nn.Module):
         for owner in [name] if name else sorted(routed):
             config, layers = self.adapter_configs[owner], self.routing(owner)
             if layers and config.router_loss:
-                loss = loss + config.router_aux_loss_coef * load_balance_loss(
-                    layers, config.router_loss_scope
-                )
+                balance = load_balance_loss(layers, config.router_loss_scope)
+                loss = loss + config.router_aux_loss_coef * balance
+                if config.router_z_loss_coef:
+                    loss = loss + config.router_z_loss_coef * z_loss(layers)
         return loss

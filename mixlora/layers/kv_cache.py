@@ -1,5 +1,7 @@
 """Preallocated keys and values of the tokens that a batch has seen."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,7 @@ class KvCache:
         self.value = torch.empty(shape, dtype=dtype, device=device)
         self.real_BL = torch.zeros(batch_size, max_len, dtype=torch.bool, device=device)
         self.next_position_B = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.counts: dict[Any, Tensor] = {}  # a router -> how often a row chose each expert [B, E]
         self.length = 0
 
     def advance(self, batch_size: int, num_new: int, mask_BS: Tensor | None) -> Tensor:

@@ -1,5 +1,8 @@
 """LoRA (Hu et al., arXiv 2106.09685): y = W x + b + s B A dropout(x), W and b frozen.
 
+DoRA (Liu et al., arXiv 2402.09353): y = m / ||W + s B A|| (W x + s B A dropout(x)) + b, the norms
+being those of rows, without gradient, and the magnitude m trained.
+
 s = alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732). Adapter parameters are fp32;
 they compute in the dtype of x.
 """
@@ -10,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixlora.layers.context import ForwardContext
+from mixlora.layers.context import ForwardContext, Span
 
 
 class Linear(nn.Module):
-    """A frozen projection of the base model and the LoRA updates around it, by adapter name."""
+    """A frozen projection of the base model and the updates around it, by adapter name."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
@@ -24,45 +27,106 @@ class Linear(nn.Module):
         self.adapters = nn.ModuleDict()
 
     def forward(self, x_BSI: Tensor, context: ForwardContext) -> Tensor:
-        """The frozen product once over all rows; each adapter adds its own to its rows."""
+        """The frozen product once over all rows; each adapter changes its own."""
         y_BSO = F.linear(x_BSI, self.weight, self.bias)
-        for span in context.spans:
-            if span.name in self.adapters:
-                span.rows(y_BSO).add_(self.adapters[span.name](span.rows(x_BSI)))
-        return y_BSO
+        parts = [
+            self.adapt(span, span.rows(x_BSI), span.rows(y_BSO), context) for span in context.spans
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def adapt(self, span: Span, x_BSI: Tensor, y_BSO: Tensor, context: ForwardContext) -> Tensor:
+        """What a span's adapter makes of y = W x + b, which it may overwrite."""
+        if span.name not in self.adapters:
+            return y_BSO
+        return self.adapters[span.name](x_BSI, y_BSO, self, context, span)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, bias={self.bias is not None}"
 
 
-class Lora(nn.Module):
-    """x -> s B A dropout(x) for one projection."""
+class LoraPair(nn.Module):
+    """A and B of one projection, [R, I] and [O, R]; of `num_experts` experts [E, R, I], [E, O, R].
+
+    With DoRA also their magnitudes [O] or [E, O].
+    """
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
+        base: Linear,
+        num_experts: int | None = None,
         *,
         r: int,
         lora_alpha: float,
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
+        use_dora: bool = False,
         lora_init: str = "original",
     ) -> None:
         super().__init__()
-        self.scaling = lora_scaling(r, lora_alpha, use_rslora)
+        O, I = base.weight.shape
+        E = () if num_experts is None else (num_experts,)
+        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.dropout = lora_dropout
-        self.lora_A = nn.Parameter(init_lora_a(torch.empty(r, in_features), lora_init))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, r))
+        self.lora_A = nn.Parameter(init_lora_a(torch.empty(*E, r, I), lora_init))
+        self.lora_B = nn.Parameter(torch.zeros(*E, O, r))
+        self.lora_magnitude_vector = None
+        if use_dora:
+            norm_O = root(row_square(base.weight, self.lora_A.dtype))
+            self.lora_magnitude_vector = nn.Parameter(norm_O.expand(*E, O).clone())
 
-    def forward(self, x_BSI: Tensor) -> Tensor:
+    def dora_scale(self, base: Linear) -> Tensor | None:
+        """m / ||W + s B A|| [O] or [E, O], the gradient going to m alone; None without DoRA."""
+        if self.lora_magnitude_vector is None:
+            return None
+        # computed again only where a parameter has changed: decoding asks at every token
+        state = [(x.data_ptr(), x._version) for x in (base.weight, self.lora_A, self.lora_B)]
+        if getattr(self, "_norm_state", None) != state:
+            self._norm_state, self._norm = state, self.row_norm(base)
+        return self.lora_magnitude_vector / self._norm
+
+    def row_norm(self, base: Linear) -> Tensor:
+        """||W + s B A|| of every row, expanded so that the sum is never formed:
+
+        ||W_j||^2 + 2 s (W A^T)_j B_j + s^2 B_j (A A^T) B_j^T              [O] or [E, O], fp32
+        """
+        with torch.inference_mode(False), torch.no_grad():  # the result may meet autograd later
+            lora_a, lora_b, s = self.lora_A, self.lora_B, self.scaling
+            crossed = (base.weight.to(lora_a.dtype) @ lora_a.mT * lora_b).sum(-1)
+            quadratic = (lora_b @ (lora_a @ lora_a.mT) * lora_b).sum(-1)
+            square = row_square(base.weight, lora_a.dtype) + 2 * s * crossed + s * s * quadratic
+            return root(square)
+
+
+def row_square(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.detach().to(dtype).square().sum(-1)
+
+
+def root(square: Tensor) -> Tensor:
+    """Rounding may leave a row of zeros below zero; its norm is then tiny, and its scale finite."""
+    return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
+
+
+class Lora(LoraPair):
+    """The update of one projection: y = W x + b -> y + s B A dropout(x), or DoRA's."""
+
+    def forward(
+        self, x_BSI: Tensor, y_BSO: Tensor, base: Linear, context: ForwardContext, span: Span
+    ) -> Tensor:
         x_BSI = F.dropout(x_BSI, self.dropout, self.training)
         a_BSR = x_BSI @ self.lora_A.to(x_BSI.dtype).T
-        return a_BSR * self.scaling @ self.lora_B.to(x_BSI.dtype).T
+        delta_BSO = a_BSR * self.scaling @ self.lora_B.to(x_BSI.dtype).T
+        scale_O = self.dora_scale(base)
+        return (
+            y_BSO.add_(delta_BSO) if scale_O is None else rescale(y_BSO, delta_BSO, scale_O, base)
+        )
 
 
-def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
-    return lora_alpha / (math.sqrt(r) if use_rslora else r)
+def rescale(y_NO: Tensor, delta_NO: Tensor, scale_NO: Tensor, base: Linear) -> Tensor:
+    """scale (W x + delta) + b of y = W x + b. Written so that a scale of 1 changes no bit, and a
+    scale near 1 keeps its digits in bf16."""
+    product_NO = y_NO if base.bias is None else y_NO - base.bias
+    change_NO = (scale_NO - 1).to(y_NO.dtype) * product_NO
+    return y_NO + change_NO + scale_NO.to(y_NO.dtype) * delta_NO
 
 
 def init_lora_a(lora_a: Tensor, lora_init: str) -> Tensor:

@@ -1,47 +1,218 @@
-"""The router of a mixture and its load-balance loss. All of it is fp32."""
+"""The routers of mixtures, by the name `routing_strategy` gives them, and their losses. All fp32.
 
+A router's constructor names the adapter settings it reads, with their defaults; `forward` turns
+hidden states into a Routing. A new one is a class here with a line in ROUTERS.
+"""
+
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixlora.ops import Routing, topk_router
+from mixlora.layers.context import Sequences
+from mixlora.ops.topk_router import Routing, routing_sums, topk_router
 
 
 class Router(nn.Module):
-    """Top-K over experts for every token (MixLoRA, arXiv 2404.15159, eq. 7 and Algorithm 1)."""
+    """logits = W x. Subclasses choose experts from them."""
+
+    kind = "MIXLORA"  # which mixtures it routes, under their peft_type
+    router_loss = True  # whether the load-balance loss is on unless the settings say otherwise
+    router_z_loss_coef = 0.0
 
     def __init__(
         self,
-        hidden_size: int,
+        in_features: int,
         num_experts: int,
-        *,
-        top_k: int,
         router_init_range: float = 0.02,
         jitter_noise: float = 0.0,
     ) -> None:
         super().__init__()
-        self.top_k, self.jitter_noise = top_k, jitter_noise
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.num_experts, self.jitter_noise = num_experts, jitter_noise
+        self.weight = nn.Parameter(torch.empty(num_experts, in_features))
+        self.init_weight(router_init_range)
+
+    def init_weight(self, router_init_range: float) -> None:
         nn.init.normal_(self.weight, std=router_init_range)
 
-    def forward(self, x_TD: Tensor, mask_T: Tensor | None, expert_TK: Tensor | None) -> Routing:
-        """`expert_TK`: the experts chosen before, where a block is computed again in backward."""
+    def logits(self, x_TD: Tensor) -> Tensor:
         wide = torch.promote_types(self.weight.dtype, torch.float32)  # also in a model cast to bf16
         x_TD = x_TD.to(wide)
-        if self.training and self.jitter_noise:
+        if self.training and self.jitter_noise:  # on a copy: the experts see x itself
             low, high = 1 - self.jitter_noise, 1 + self.jitter_noise
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(low, high)
-        return topk_router(x_TD @ self.weight.to(wide).T, self.top_k, mask_T, expert_TK)
+        return x_TD @ self.weight.to(wide).T
+
+    def forward(self, x_TD: Tensor, sequences: Sequences) -> Routing:
+        raise NotImplementedError
+
+
+class TopKRouter(Router):
+    """The K most probable experts, renormalised (MixLoRA, arXiv 2404.15159, eq. 7, Algorithm 1)."""
+
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int = 8,
+        top_k: int = 2,
+        router_init_range: float = 0.02,
+        jitter_noise: float = 0.0,
+    ) -> None:
+        super().__init__(in_features, num_experts, router_init_range, jitter_noise)
+        self.top_k = top_k
+
+    def forward(self, x_TD: Tensor, sequences: Sequences) -> Routing:
+        return topk_router(self.logits(x_TD), self.top_k, sequences.mask_T, sequences.chosen_TK)
+
+
+class TopPRouter(Router):
+    """The most probable experts up to the first that takes their sum past top_p ("dynamic").
+
+    Weights are the probabilities, not renormalised. A temperature > 0 divides the probabilities
+    (not the logits), as in the published code. K = E, with empty slots.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int = 8,
+        top_p: float = 0.8,
+        temperature: float = 0.0,
+        router_init_range: float = 0.02,
+        jitter_noise: float = 0.0,
+    ) -> None:
+        super().__init__(in_features, num_experts, router_init_range, jitter_noise)
+        self.top_p, self.temperature = top_p, temperature
+
+    def forward(self, x_TD: Tensor, sequences: Sequences) -> Routing:
+        logits_TE = self.logits(x_TD)
+        prob_TE = logits_TE.softmax(-1)
+        tempered_TE = prob_TE / self.temperature if self.temperature else prob_TE
+        expert_TK = sequences.chosen_TK
+        if expert_TK is None:
+            sorted_TE, order_TE = tempered_TE.detach().sort(dim=-1, descending=True, stable=True)
+            reached_TE = sorted_TE.cumsum(-1) > self.top_p
+            kept_TE = torch.ones_like(reached_TE)
+            kept_TE[:, 1:] = ~reached_TE[:, :-1]  # the first that reaches it is kept
+            is_kept_TE = torch.zeros_like(kept_TE).scatter(1, order_TE, kept_TE)
+            expert_E = torch.arange(self.num_experts, dtype=torch.int32, device=x_TD.device)
+            expert_TK = expert_E.where(is_kept_TE, -1)
+        weight_TK = tempered_TE.where(expert_TK >= 0, 0)
+        sums = routing_sums(logits_TE, prob_TE, expert_TK, sequences.mask_T)
+        return Routing(expert_TK, weight_TK, *sums)
+
+
+class SwitchRouter(Router):
+    """The most probable expert, as long as it has room (Switch, arXiv 2101.03961): y = p FFN_e(x).
+
+    An expert takes the first `expert_capacity` tokens of a sequence that choose it; of a later one
+    y = p x, as in the published code. The same in training and in inference: the cache counts on.
+    `ffn_dropout` is a dropout on y.
+    """
+
+    router_z_loss_coef = 0.001
+
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int = 8,
+        expert_capacity: int = 32,
+        ffn_dropout: float = 0.0,
+        router_init_range: float = 1.0,
+        jitter_noise: float = 0.01,
+    ) -> None:
+        super().__init__(in_features, num_experts, router_init_range, jitter_noise)
+        self.expert_capacity, self.ffn_dropout = expert_capacity, ffn_dropout
+
+    def forward(self, x_TD: Tensor, sequences: Sequences) -> Routing:
+        logits_TE = self.logits(x_TD)
+        prob_TE = logits_TE.softmax(-1)
+        expert_T1 = prob_TE.detach().argmax(-1, keepdim=True)
+        kept_T1 = sequences.chosen_TK
+        if kept_T1 is None:
+            place_TE = sequences.places(F.one_hot(expert_T1[:, 0], self.num_experts))
+            has_room_T1 = place_TE.gather(1, expert_T1) <= self.expert_capacity
+            kept_T1 = expert_T1.where(has_room_T1, -1).int()
+        prob_T1 = prob_TE.gather(1, expert_T1)
+        weight_T1 = prob_T1.where(kept_T1 >= 0, 0)
+        sums = routing_sums(logits_TE, prob_TE, expert_T1, sequences.mask_T)  # dropped ones too
+        return Routing(kept_T1, weight_T1, *sums, skip_T=(prob_T1 - weight_T1)[:, 0])
+
+
+class PluggedRouter(Router):
+    """Of the LoRA experts of one projection, not of a feed-forward."""
+
+    router_loss = False
+
+    def init_weight(self, router_init_range: float) -> None:
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(router_init_range))
+
+
+class DenseRouter(PluggedRouter):
+    """All experts, weighted by their probabilities (LoRAMoE, arXiv 2312.09979).
+
+    The localized balancing loss of the paper is not in the published code, nor here.
+    """
+
+    kind = "LORAMOE"
+
+    def __init__(
+        self, in_features: int, num_experts: int = 8, router_init_range: float = 5.0
+    ) -> None:
+        super().__init__(in_features, num_experts, router_init_range)
+
+    def forward(self, x_TD: Tensor, sequences: Sequences) -> Routing:
+        logits_TE = self.logits(x_TD)
+        prob_TE = logits_TE.softmax(-1)
+        expert_E = torch.arange(self.num_experts, dtype=torch.int32, device=x_TD.device)
+        expert_TK = expert_E.expand_as(prob_TE)
+        sums = routing_sums(logits_TE, prob_TE, expert_TK, sequences.mask_T)
+        return Routing(expert_TK, prob_TE, *sums)
+
+
+class MolaRouter(PluggedRouter, TopKRouter):
+    """Top-K as MixLoRA's, for every projection its own (MoLA, arXiv 2402.08562)."""
+
+    kind = "MOLA"
+
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int = 8,
+        top_k: int = 2,
+        router_init_range: float = 5.0,
+    ) -> None:
+        TopKRouter.__init__(self, in_features, num_experts, top_k, router_init_range)
+
+
+ROUTERS: dict[str, type[Router]] = {
+    "mixlora": TopKRouter,
+    "mixlora-dynamic": TopPRouter,
+    "mixlora-switch": SwitchRouter,
+    "loramoe": DenseRouter,
+    "mola": MolaRouter,
+}
 
 
 def joined(parts: Sequence[Routing]) -> Routing:
     """The routing of a layer's tokens whose rows are not adjacent."""
     if len(parts) == 1:
         return parts[0]
-    experts, weights, *sums = zip(*parts, strict=True)
-    return Routing(torch.cat(experts), torch.cat(weights), *(torch.stack(x).sum(0) for x in sums))
+    columns = zip(*parts, strict=True)
+    tokens = ("expert_TK", "weight_TK", "skip_T")
+    return Routing(
+        *(
+            None
+            if column[0] is None
+            else torch.cat(column)
+            if name in tokens
+            else torch.stack(column).sum(0)
+            for name, column in zip(Routing._fields, columns, strict=True)
+        )
+    )
 
 
 def load_balance_loss(
@@ -62,3 +233,9 @@ def load_balance_loss(
     num_tokens_L1 = num_tokens_L1.clamp_min(1)
     loss_L = (count_LE / num_tokens_L1 * (prob_LE / num_tokens_L1)).sum(-1) * count_LE.shape[1]
     return loss_L.mean()
+
+
+def z_loss(layers: Sequence[Routing]) -> Tensor:
+    """Mean of logsumexp(logits)^2 over tokens and layers (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    num_tokens = torch.stack([routing.num_tokens for routing in layers]).sum()
+    return torch.stack([routing.z for routing in layers]).sum() / num_tokens.clamp_min(1)

@@ -8,6 +8,9 @@ Slot form: slot k of token t holds expert e = expert_TK[t, k] with weight g = we
     h_k    = act(gate_k) * up_k
     hbar_TF[t]  = sum_k g h_k                                z_TKR[t, k] = A2_e dropout(h_k)
 
+With DoRA (arXiv 2402.09353) the sum is scaled row by row, the frozen bias b apart (gate_TF holds
+it): gate_k = m1_e (gate_TF[t] - b + s B1_e a_gate_TKR[t, k]) + b, m1 = scale_gate_EF; so is up.
+
 Given dhbar and dz, with nothing of size T x K x F saved (gate_k, up_k, h_k are computed again):
 
     dh_k = g dhbar + dropout'(A2_e^T dz_k)
@@ -16,6 +19,7 @@ Given dhbar and dz, with nothing of size T x K x F saved (gate_k, up_k, h_k are 
     da_gate_k = s B1_e^T dgate_k     da_up_k = s B3_e^T dup_k
     dB1_e = s sum dgate_k a_gate_k^T     dB3_e = s sum dup_k a_up_k^T     dA2_e = sum dz_k h_k^T
     dg_k = <dhbar, h_k>              no division by g: exact at g = 0
+    DoRA: dm1_e = sum dgate_k * (gate_k before m1), and m1_e dgate_k stands for dgate_k above
 
 gate, up: fp64, fp32, bf16 or fp16; the arithmetic inside is fp32 (fp64 for fp64), z and dg too.
 A projection without adapter passes None for its two tensors. Empty slots (-1) add nothing and
@@ -23,6 +27,7 @@ have z = 0. Dropout on h_k before A2 is drawn by Philox from `seed`, an int64 sc
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,16 +64,33 @@ def shared_glu(
     act: str = "silu",
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    *,
+    scale_gate_EF: Tensor | None = None,
+    scale_up_EF: Tensor | None = None,
+    bias_gate_F: Tensor | None = None,
+    bias_up_F: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(hbar_TF in gate's dtype, z_TKR or None without a_down); see the module's docstring."""
+    """(hbar_TF in gate's dtype, z_TKR or None without a_down); see the module's docstring.
+
+    The biases are read only beside a scale, which leaves them out, and get no gradient.
+    """
     if act not in ACTIVATIONS:
         raise ValueError(f"shared_glu: act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
     if dropout and seed is None:
         raise ValueError(f"shared_glu: dropout {dropout} needs a seed (an int64 scalar tensor)")
-    run = shared_glu_ref if use_reference() else _SharedGlu.apply
-    return run(
+    if use_reference():
+        return shared_glu_ref(
+            *(gate_TF, up_TF, a_gate_TKR, a_up_TKR, b_gate_EFR, b_up_EFR, a_down_ERF),
+            *(plan, weight_TK, scaling, act, dropout, seed),
+            scale_gate_EF=scale_gate_EF,
+            scale_up_EF=scale_up_EF,
+            bias_gate_F=bias_gate_F,
+            bias_up_F=bias_up_F,
+        )
+    return _SharedGlu.apply(
         *(gate_TF, up_TF, a_gate_TKR, a_up_TKR, b_gate_EFR, b_up_EFR, a_down_ERF),
-        *(plan, weight_TK, scaling, act, dropout, seed),
+        *(weight_TK, scale_gate_EF, scale_up_EF),
+        *(plan, scaling, act, dropout, seed, bias_gate_F, bias_up_F),
     )
 
 
@@ -86,19 +108,31 @@ def shared_glu_ref(
     act: str = "silu",
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    *,
+    scale_gate_EF: Tensor | None = None,
+    scale_up_EF: Tensor | None = None,
+    bias_gate_F: Tensor | None = None,
+    bias_up_F: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """By a loop over the experts under ordinary autograd, which saves everything."""
     T, K = plan.expert_TK.shape
     wide = torch.promote_types(gate_TF.dtype, torch.float32)
+
+    def adapted(y_TF, a_TKR, b_EFR, scale_EF, bias_F, e, t, k) -> Tensor:
+        y_F, bias_F = y_TF[t].to(wide), 0 if bias_F is None else bias_F.to(wide)
+        if a_TKR is None:
+            return y_F
+        delta_F = scaling * a_TKR[t, k].to(wide) @ b_EFR[e].to(wide).T
+        return (
+            y_F + delta_F if scale_EF is None else scale_EF[e] * (y_F - bias_F + delta_F) + bias_F
+        )
+
     hbar_TF = torch.zeros_like(gate_TF, dtype=wide)
     z_NR = None if a_down_ERF is None else hbar_TF.new_zeros(T * K, a_down_ERF.shape[1])
     for e in range(len(plan.expert_start_E1) - 1):
         t, k = torch.where(plan.expert_TK == e)
-        gate_F, up_F = gate_TF[t].to(wide), up_TF[t].to(wide)
-        if a_gate_TKR is not None:
-            gate_F = gate_F + scaling * a_gate_TKR[t, k].to(wide) @ b_gate_EFR[e].to(wide).T
-        if a_up_TKR is not None:
-            up_F = up_F + scaling * a_up_TKR[t, k].to(wide) @ b_up_EFR[e].to(wide).T
+        gate_F = adapted(gate_TF, a_gate_TKR, b_gate_EFR, scale_gate_EF, bias_gate_F, e, t, k)
+        up_F = adapted(up_TF, a_up_TKR, b_up_EFR, scale_up_EF, bias_up_F, e, t, k)
         h_F = ACTIVATIONS[act][0](gate_F) * up_F
         hbar_TF = hbar_TF.index_add(0, t, weight_TK[t, k, None] * h_F)
         if dropout:
@@ -113,12 +147,12 @@ class _SharedGlu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate_TF, up_TF, a_gate_TKR, a_up_TKR, b_gate_EFR, b_up_EFR, a_down_ERF, *rest):
-        plan, weight_TK, *options = rest
-        tensors = gate_TF, up_TF, a_gate_TKR, a_up_TKR, b_gate_EFR, b_up_EFR, a_down_ERF, weight_TK
+        *more, plan, scaling, act, dropout, seed, bias_gate_F, bias_up_F = rest
+        tensors = gate_TF, up_TF, a_gate_TKR, a_up_TKR, b_gate_EFR, b_up_EFR, a_down_ERF, *more
         ctx.save_for_backward(*tensors)
-        ctx.plan, ctx.options = plan, options
+        ctx.plan, ctx.options = plan, (scaling, act, dropout, seed, bias_gate_F, bias_up_F)
         T, K = plan.expert_TK.shape
-        expert = _Expert(tensors, plan, *options)
+        expert = _Expert(tensors, *ctx.options)
         hbar_TF = torch.zeros_like(gate_TF, dtype=expert.wide)
         z_NR = None if a_down_ERF is None else hbar_TF.new_zeros(T * K, a_down_ERF.shape[1])
         for e, token, slot in expert_rows(plan):
@@ -131,67 +165,77 @@ class _SharedGlu(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dhbar_TF, dz_TKR):
-        tensors, plan = ctx.saved_tensors, ctx.plan
-        gate_TF, up_TF, a_gate_TKR, a_up_TKR, b_gate_EFR, b_up_EFR, a_down_ERF, weight_TK = tensors
-        expert = _Expert(tensors, plan, *ctx.options)
-        s, act_backward = expert.scaling, expert.act_backward
-
-        def zeros(x: Tensor | None) -> Tensor | None:
-            return None if x is None else torch.zeros(x.shape, dtype=expert.wide, device=x.device)
-
-        d_gate, d_up, d_weight = zeros(gate_TF), zeros(up_TF), zeros(weight_TK)
-        d_a_gate, d_a_up, d_b_gate, d_b_up, d_a_down = map(zeros, tensors[2:7])
-        for e, token, slot in expert_rows(plan):
-            gate_k, up_k, act_k, h_F, g = expert.hidden(e, token, slot)
-            dhbar_F = dhbar_TF[token].to(expert.wide)
+        tensors = ctx.saved_tensors
+        expert, a_down_ERF = _Expert(tensors, *ctx.options), tensors[6]
+        s, wide = expert.scaling, expert.wide
+        gradients = [
+            None if x is None else torch.zeros(x.shape, dtype=wide, device=x.device)
+            for x in tensors
+        ]
+        *_, d_a_down, d_weight, _, _ = gradients
+        for e, token, slot in expert_rows(ctx.plan):
+            gate, up, act_F, h_F, g = expert.hidden(e, token, slot)
+            dhbar_F = dhbar_TF[token].to(wide)
             d_weight.view(-1)[slot] = (dhbar_F * h_F).sum(-1)
             dh_F = g * dhbar_F
             if a_down_ERF is not None:
                 dz_R = dz_TKR.flatten(0, 1)[slot]
-                dh_F += expert.dropped(dz_R @ a_down_ERF[e].to(expert.wide), slot)
+                dh_F += expert.dropped(dz_R @ a_down_ERF[e].to(wide), slot)
                 d_a_down[e] = dz_R.T @ expert.dropped(h_F, slot)
-            dup_F, dgate_F = dh_F * act_k, act_backward(dh_F * up_k, gate_k)
-            d_gate.index_add_(0, token, dgate_F)
-            d_up.index_add_(0, token, dup_F)
-            for dy_F, a_TKR, b_EFR, d_a, d_b in (
-                (dgate_F, a_gate_TKR, b_gate_EFR, d_a_gate, d_b_gate),
-                (dup_F, a_up_TKR, b_up_EFR, d_a_up, d_b_up),
-            ):
+            dgate_F = expert.act_backward(dh_F * up.y_F, gate.y_F)
+            for i, side, dy_F in ((0, gate, dgate_F), (1, up, dh_F * act_F)):
+                d_base, d_a, d_b, d_scale = (gradients[j + i] for j in (0, 2, 4, 8))
+                a_TKR, b_EFR, scale_EF = (tensors[j + i] for j in (2, 4, 8))
+                if scale_EF is not None:
+                    d_scale[e] = (dy_F * side.before_scale_F).sum(0)
+                    dy_F = dy_F * scale_EF[e].to(wide)
+                d_base.index_add_(0, token, dy_F)
                 if a_TKR is not None:
-                    d_a.flatten(0, 1)[slot] = s * dy_F @ b_EFR[e].to(expert.wide)
-                    d_b[e] = s * dy_F.T @ a_TKR.flatten(0, 1)[slot].to(expert.wide)
-        gradients = d_gate, d_up, d_a_gate, d_a_up, d_b_gate, d_b_up, d_a_down, d_weight
-        *first, last = (
-            None if d is None else d.to(x.dtype) for d, x in zip(gradients, tensors, strict=True)
-        )
-        return *first, None, last, *(None for _ in ctx.options)
+                    d_a.flatten(0, 1)[slot] = s * dy_F @ b_EFR[e].to(wide)
+                    d_b[e] = s * dy_F.T @ a_TKR.flatten(0, 1)[slot].to(wide)
+        pairs = zip(gradients, tensors, strict=True)
+        return *(None if d is None else d.to(x.dtype) for d, x in pairs), *[None] * 7
+
+
+class _Side(NamedTuple):
+    """gate_k or up_k of an expert's rows."""
+
+    y_F: Tensor
+    before_scale_F: Tensor  # y_F itself without DoRA
 
 
 class _Expert:
     """What one expert makes of its rows: forward and backward both ask, nothing is kept."""
 
-    def __init__(self, tensors, plan, scaling, act, dropout, seed):
-        self.gate_TF, self.up_TF, self.a_gate_TKR, self.a_up_TKR, *rest = tensors
-        self.b_gate_EFR, self.b_up_EFR, _, self.weight_TK = rest
-        self.wide = torch.promote_types(self.gate_TF.dtype, torch.float32)
+    def __init__(self, tensors, scaling, act, dropout, seed, bias_gate_F, bias_up_F):
+        self.gate, self.up = ((*tensors[i:6:2], tensors[8 + i]) for i in (0, 1))
+        self.weight_TK, self.bias_gate_F, self.bias_up_F = tensors[7], bias_gate_F, bias_up_F
+        self.wide = torch.promote_types(tensors[0].dtype, torch.float32)
         self.scaling, self.p, self.seed = scaling, dropout, seed
         self.act, self.act_backward = ACTIVATIONS[act]
 
-    def hidden(self, e: int, token: Tensor, slot: Tensor) -> tuple[Tensor, ...]:
-        """gate_k, up_k, act(gate_k), h_k [rows, F] and g [rows, 1] of expert e's rows."""
-        gate_k = self._adapted(self.gate_TF, self.a_gate_TKR, self.b_gate_EFR, e, token, slot)
-        up_k = self._adapted(self.up_TF, self.a_up_TKR, self.b_up_EFR, e, token, slot)
-        act_k = self.act(gate_k)
-        return gate_k, up_k, act_k, act_k * up_k, self.weight_TK.flatten()[slot, None]
+    def hidden(self, e: int, token: Tensor, slot: Tensor) -> tuple:
+        """gate_k, up_k as sides, act(gate_k), h_k [rows, F] and g [rows, 1] of e's rows."""
+        gate = self._side(*self.gate, self.bias_gate_F, e, token, slot)
+        up = self._side(*self.up, self.bias_up_F, e, token, slot)
+        act_F = self.act(gate.y_F)
+        return gate, up, act_F, act_F * up.y_F, self.weight_TK.flatten()[slot, None]
 
     def dropped(self, x_F: Tensor, slot: Tensor) -> Tensor:
         if not self.p:
             return x_F
         return x_F * keep_mask(self.seed, slot, x_F.shape[1], self.p) / (1 - self.p)
 
-    def _adapted(self, y_TF, a_TKR, b_EFR, e, token, slot):
+    def _side(self, y_TF, a_TKR, b_EFR, scale_EF, bias_F, e, token, slot) -> _Side:
         y_F = y_TF[token].to(self.wide)
         if a_TKR is None:
-            return y_F
+            return _Side(y_F, y_F)
+        bias_F = None if scale_EF is None or bias_F is None else bias_F.to(self.wide)
+        if bias_F is not None:
+            y_F = y_F - bias_F
         a_R = a_TKR.flatten(0, 1)[slot].to(self.wide)
-        return torch.addmm(y_F, a_R, b_EFR[e].to(self.wide).T, alpha=self.scaling)
+        y_F = torch.addmm(y_F, a_R, b_EFR[e].to(self.wide).T, alpha=self.scaling)
+        if scale_EF is None:
+            return _Side(y_F, y_F)
+        scaled_F = y_F * scale_EF[e].to(self.wide)
+        return _Side(scaled_F if bias_F is None else scaled_F + bias_F, y_F)

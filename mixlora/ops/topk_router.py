@@ -3,12 +3,15 @@
     prob_TE = softmax(logits_TE)                                     fp32 (fp64 stays fp64)
     expert_TK = the K largest of prob_TE[t], ties to the lowest index, then sorted by expert
     weight_TK = prob[expert] / sum of the K prob[expert]
-    count_E = how many slots of real tokens chose e;   prob_E = sum of prob over real tokens
-    entropy = sum over real tokens of -sum_e prob log prob            (no gradient)
 
-MixLoRA (arXiv 2404.15159) eq. 7 with Algorithm 1's renormalisation. The gradient flows through
-weight_TK and prob_E. `mask_T` is False on padding: routed like the rest, counted nowhere.
-A given `expert_TK` (int32) is taken as chosen: activation checkpointing recomputes weights only.
+MixLoRA (arXiv 2404.15159) eq. 7 with Algorithm 1's renormalisation. Every router ends in
+`routing_sums`, over the real tokens (`mask_T` False is padding: routed, counted nowhere):
+
+    count_E = how many slots chose e;   prob_E = sum of prob
+    entropy = sum of -sum_e prob log prob   (no gradient);   z = sum of logsumexp(logits)^2
+
+The gradient flows through weight_TK, prob_E and z. A given `expert_TK` (int32) is taken as chosen:
+activation checkpointing recomputes weights only.
 """
 
 from typing import NamedTuple
@@ -18,12 +21,16 @@ from torch import Tensor
 
 
 class Routing(NamedTuple):
+    """A layer's tokens y = sum_k weight_k FFN_k(x) + skip x; -1 in expert_TK is an empty slot."""
+
     expert_TK: Tensor
-    weight_TK: Tensor
+    weight_TK: Tensor  # 0 in an empty slot
     count_E: Tensor
     prob_E: Tensor
     entropy: Tensor
+    z: Tensor
     num_tokens: Tensor
+    skip_T: Tensor | None = None  # None: 0 for every token
 
 
 def topk_router(
@@ -44,14 +51,23 @@ def topk_router_ref(
         expert_TK = order_TE[:, :top_k].sort(dim=-1).values.int()
     chosen_TK = prob_TE.gather(1, expert_TK.long())
     weight_TK = chosen_TK / chosen_TK.sum(-1, keepdim=True)
-    real_T = prob_TE.new_ones(len(prob_TE)) if mask_T is None else mask_T.to(prob_TE.dtype)
-    one_hot_TE = torch.zeros_like(prob_TE, requires_grad=False).scatter_(1, expert_TK.long(), 1.0)
+    return Routing(expert_TK, weight_TK, *routing_sums(logits_TE, prob_TE, expert_TK, mask_T))
+
+
+def routing_sums(
+    logits_TE: Tensor, prob_TE: Tensor, expert_TK: Tensor, mask_T: Tensor | None
+) -> tuple[Tensor, ...]:
+    """(count_E, prob_E, entropy, z, num_tokens) of a Routing."""
+    T, E = prob_TE.shape
+    real_T = prob_TE.new_ones(T) if mask_T is None else mask_T.to(prob_TE.dtype)
+    chosen_TE = prob_TE.new_zeros(T, E + 1)
+    chosen_TE.scatter_(1, expert_TK.long().where(expert_TK >= 0, E), 1.0)
     entropy_T = torch.special.entr(prob_TE.detach()).sum(-1)
-    return Routing(
-        expert_TK,
-        weight_TK,
-        real_T @ one_hot_TE,
+    z_T = logits_TE.to(prob_TE.dtype).logsumexp(-1).square()
+    return (
+        real_T @ chosen_TE[:, :E],
         real_T @ prob_TE,
         real_T @ entropy_T,
+        real_T @ z_T,
         real_T.sum(),
     )

@@ -12,6 +12,7 @@ from mixlora.adapters import adapter_parameters
 from mixlora.layers.context import ForwardContext, Span
 from mixlora.layers.lora import Lora
 from mixlora.layers.mixlora_ffn import PROJECTIONS, FeedForward, MixLora
+from mixlora.layers.router import ROUTERS
 from tests.numerics import assert_close
 from tests.tiny import MIXLORA, add_filled, fill, normal, padded, some_tokens, tiny_model
 
@@ -23,12 +24,25 @@ ACTS = {
 }
 
 
-def make_ffn(D: int, F: int, act: str = "silu", bias: bool = False, **config) -> FeedForward:
+def make_ffn(
+    D: int,
+    F: int,
+    act: str = "silu",
+    bias: bool = False,
+    strategy: str = "mixlora",
+    router: dict | None = None,
+    **config,
+) -> FeedForward:
     """A frozen feed-forward with one mixture, "m", of filled experts."""
     ffn = FeedForward(D, F, act, bias).requires_grad_(False)
-    config = {"projections": PROJECTIONS, "r": 3, "lora_alpha": 5, **config}
-    ffn.mixtures["m"] = MixLora(ffn, **config)
     fill(dict(ffn.named_parameters()))
+    settings = {"num_experts": 4} | (router or {})
+    for key in ("num_experts", "top_k"):
+        if key in config:
+            settings[key] = config.pop(key)
+    config = {"projections": PROJECTIONS, "r": 3, "lora_alpha": 5, **config}
+    ffn.mixtures["m"] = MixLora(ffn, ROUTERS[strategy](D, **settings), **config)
+    fill(trained(ffn), seed=1)
     return ffn
 
 
@@ -132,7 +146,7 @@ def test_one_expert_is_plain_lora(bias: bool) -> None:
     plain.load_state_dict(ffn.state_dict(), strict=False)
     for name in PROJECTIONS:
         base, experts = getattr(plain, name), getattr(ffn.mixtures["m"], name)
-        lora = Lora(*reversed(base.weight.shape), r=3, lora_alpha=5, use_rslora=True)
+        lora = Lora(base, r=3, lora_alpha=5, use_rslora=True)
         lora.lora_A.copy_(experts.lora_A[0])
         lora.lora_B.copy_(experts.lora_B[0])
         base.adapters["m"] = lora

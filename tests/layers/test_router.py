@@ -3,9 +3,12 @@ import torch
 from torch import Tensor
 
 from mixlora import ops
-from mixlora.layers.router import Router, load_balance_loss
+from mixlora.layers.context import ForwardContext, Sequences, Span
+from mixlora.layers.router import Router, TopKRouter, load_balance_loss
 from tests.numerics import assert_close
 from tests.tiny import MIXLORA, add_filled, normal, padded, some_tokens, tiny_model
+
+SEQUENCES = Sequences(ForwardContext((Span("m", 0, 1),)), Span("m", 0, 1), None)
 
 
 def hf_loss(layers: list[Tensor], K: int, mask_BS: Tensor | None = None) -> Tensor:
@@ -83,9 +86,9 @@ def test_nothing_but_padding_gives_zero(scope: str) -> None:
 
 
 def test_gradient_reaches_the_router_both_ways() -> None:
-    router = Router(6, 4, top_k=2, router_init_range=1.0)
+    router = TopKRouter(6, 4, top_k=2, router_init_range=1.0)
     x_TD = normal(20, 6, dtype=torch.float32).requires_grad_()
-    routing = router(x_TD, None, None)
+    routing = router(x_TD, SEQUENCES)
     for loss in ((routing.weight_TK * normal(20, 2).float()).sum(), load_balance_loss([routing])):
         dweight, dx_TD = torch.autograd.grad(loss, (router.weight, x_TD), retain_graph=True)
         assert dweight.abs().max() > 1e-6
@@ -94,14 +97,14 @@ def test_gradient_reaches_the_router_both_ways() -> None:
 
 def test_router_is_fp32_and_jitters_in_training_alone() -> None:
     torch.manual_seed(0)
-    router = Router(64, 4, top_k=2, jitter_noise=0.3)
+    router = TopKRouter(64, 4, top_k=2, jitter_noise=0.3)
     assert router.weight.std() < 0.05
     x_TD = normal(50, 64, dtype=torch.bfloat16)
     before_TD = x_TD.clone()
-    noisy, other = router(x_TD, None, None), router(x_TD, None, None)
+    noisy, other = router(x_TD, SEQUENCES), router(x_TD, SEQUENCES)
     assert not torch.equal(noisy.weight_TK, other.weight_TK)
     router.eval()
-    quiet = router(x_TD, None, None)
+    quiet = router(x_TD, SEQUENCES)
     assert quiet.weight_TK.dtype == torch.float32
     wanted = ops.topk_router(x_TD.float() @ router.weight.T, 2)
     assert torch.equal(quiet.weight_TK, wanted.weight_TK)

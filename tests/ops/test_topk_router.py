@@ -12,6 +12,11 @@ def random_logits(T: int, E: int, seed: int = 0) -> Tensor:
     return torch.randn(T, E, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def pairs(a: ops.Routing, b: ops.Routing) -> list[tuple[Tensor, Tensor]]:
+    assert a.skip_T is b.skip_T is None
+    return list(zip(a[:-1], b[:-1], strict=True))
+
+
 def float64(values: object) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
@@ -43,6 +48,10 @@ def test_against_plain_python(T: int, E: int, K: int, padding: bool) -> None:
     entropy = sum(-p * math.log(p) for *_, prob in real for p in prob)
     assert_close(routing.entropy, float64(entropy))
     assert routing.num_tokens == len(real)
+    real_TE = logits_TE if mask_T is None else logits_TE[mask_T]
+    assert_close(
+        routing.z, float64(sum(math.log(sum(map(math.exp, x))) ** 2 for x in real_TE.tolist()))
+    )
 
 
 def test_ties_go_to_the_lowest_index() -> None:
@@ -93,7 +102,7 @@ def test_chosen_experts_are_kept() -> None:
     assert_close(routing.weight_TK, pair_TK)
     assert routing.count_E.tolist() == [5, 0, 0, 5]
     again = ops.topk_router(logits_TE, 2, mask_T, ops.topk_router(logits_TE, 2).expert_TK)
-    for a, b in zip(again, ops.topk_router(logits_TE, 2, mask_T), strict=True):
+    for a, b in pairs(again, ops.topk_router(logits_TE, 2, mask_T)):
         assert torch.equal(a, b)
 
 
@@ -102,9 +111,9 @@ def test_gradients(padding: bool) -> None:
     logits_TE = random_logits(7, 5).requires_grad_()
     mask_T = torch.arange(7) != 3 if padding else None
 
-    def outputs(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+    def outputs(logits_TE: Tensor) -> tuple[Tensor, ...]:
         routing = ops.topk_router(logits_TE, 2, mask_T)
-        return routing.weight_TK, routing.prob_E
+        return routing.weight_TK, routing.prob_E, routing.z
 
     assert torch.autograd.gradcheck(outputs, logits_TE)
     routing = ops.topk_router(logits_TE, 2, mask_T)
@@ -118,20 +127,18 @@ def test_gradients(padding: bool) -> None:
 def test_non_contiguous(view) -> None:
     logits_TE = view(random_logits(20, 8))
     assert not logits_TE.is_contiguous()
-    for a, b in zip(
-        ops.topk_router(logits_TE, 2), ops.topk_router(logits_TE.contiguous(), 2), strict=True
-    ):
+    for a, b in pairs(ops.topk_router(logits_TE, 2), ops.topk_router(logits_TE.contiguous(), 2)):
         assert_close(a, b)
 
 
 def test_reference_switch_and_repetition() -> None:
     logits_TE = random_logits(300, 8).float()
     routing = ops.topk_router(logits_TE, 2)
-    for a, b in zip(ops.topk_router(logits_TE, 2), routing, strict=True):
+    for a, b in pairs(ops.topk_router(logits_TE, 2), routing):
         assert torch.equal(a, b)
     with ops.reference():
         reference = ops.topk_router(logits_TE, 2)
-    for a, b in zip(reference, routing, strict=True):
+    for a, b in pairs(reference, routing):
         assert_close(a, b)
 
 

@@ -1,0 +1,283 @@
+"""An adapter's settings, under the keys of upstream's adapter_config.json (PEFT, MoE-PEFT).
+
+What a router reads, and its defaults, its constructor in layers/router.py says.
+"""
+
+import dataclasses
+import inspect
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mixlora import config as configs
+from mixlora.errors import InputError, did_you_mean
+from mixlora.layers.router import ROUTERS, Router
+from mixlora.ops import ACTIVATIONS
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
+ALL_LINEAR = "all-linear"
+
+# Keys of PEFT and MoE-PEFT that must have a value that changes nothing, or that tell nothing.
+INERT = (None, False, {}, [])
+FOREIGN_KEYS = set(
+    "alpha_pattern alora_invocation_tokens arrow_config corda_config ensure_weight_tying "
+    "eva_config exclude_modules kasa_config fan_in_fan_out layer_replication layers_pattern "
+    "layers_to_transform loftq_config lora_bias lora_ga_config megatron_config modules_to_save "
+    "monteclora_config rank_pattern target_parameters trainable_token_indices "
+    "use_bdlora use_qalora velora_config".split()
+)
+PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+DESCRIPTIVE_KEYS = set(
+    "auto_mapping inference_mode megatron_core peft_version revision "
+    "qalora_group_size name task_name".split()
+)
+# Spellings of MoE-PEFT's ancestor, mLoRA up to 0.4.
+LEGACY_STRATEGIES = {"mixtral": "mixlora", "switch": "mixlora-switch"}
+LEGACY_TARGETS = {"w1_proj": "gate_proj", "w2_proj": "down_proj", "w3_proj": "up_proj"}
+
+DROPOUT_FOR_ZERO = 1e-9  # written for no dropout: pip `mixlora` refuses 0
+
+
+@dataclass
+class LoraSettings:
+    """What may differ between the experts and the other projections; None: it does not."""
+
+    r: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float | None = None
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    lora_init: Literal["original", "gaussian"] | None = None
+    bias: Literal["none"] = "none"
+
+    def __post_init__(self) -> None:
+        _check(self, _lora_checks(self))
+
+
+@dataclass
+class AdapterConfig:
+    """One adapter. Without `routing_strategy` it is LoRA, or DoRA; with one, a mixture:
+
+    mixlora, mixlora-dynamic, mixlora-switch    experts of the targeted feed-forward projections,
+                                                LoRA on the targeted attention projections
+    loramoe                                     the same, but a router for each projection
+    mola                                        experts of every targeted projection
+
+    None is the router's own default (layers/router.py), which `__post_init__` fills in.
+    """
+
+    peft_type: str | None = None  # LORA, MIXLORA, LORAMOE or MOLA, by routing_strategy
+    task_type: Literal["CAUSAL_LM", "QUESTION_ANS"] | None = "CAUSAL_LM"
+    base_model_name_or_path: str | None = None
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    bias: Literal["none"] = "none"
+    # ends of projections' paths, or a regular expression for whole paths, or "all-linear"
+    target_modules: list[str] | str = field(default_factory=lambda: list(TARGETS))
+    use_rslora: bool = False  # scale lora_alpha / sqrt(r) instead of lora_alpha / r
+    use_dora: bool = False
+    lora_init: Literal["original", "gaussian"] = "original"
+    loraplus_lr_ratio: float = 1.0  # learning rate of B over that of A (LoRA+)
+    expert_lora: LoraSettings | None = None  # of the experts, where they differ
+    routing_strategy: str | None = None
+    num_experts: int | None = None
+    act_fn: str | None = None  # of the experts; None: the model's
+    top_k: int | None = None
+    top_p: float | None = None
+    temperature: float | None = None
+    expert_capacity: int | None = None
+    capacity_factor: float | None = None  # expert_capacity = capacity_seq_len / num_experts * this
+    capacity_seq_len: int | None = None  # train.py fills in train.max_seq_len
+    ffn_dropout: float | None = None
+    sparse_step: int | None = None
+    router_init_range: float | None = None
+    jitter_noise: float | None = None
+    router_loss: bool | None = None
+    router_aux_loss_coef: float = 0.001
+    router_z_loss_coef: float | None = None
+    router_loss_scope: Literal["global", "per_layer"] = "global"
+
+    def __post_init__(self) -> None:
+        if self.routing_strategy not in (None, *ROUTERS):
+            hint = did_you_mean(str(self.routing_strategy), ROUTERS)
+            raise InputError(f"routing_strategy {self.routing_strategy!r} is not known{hint}")
+        kind = self.router.kind if self.router else "LORA"
+        if self.peft_type not in (None, kind):
+            raise InputError(
+                f"peft_type must be {kind} with routing_strategy {self.routing_strategy!r}, "
+                f"got {self.peft_type!r}"
+            )
+        self.peft_type = kind
+        self._fill_in_router()
+        _check(self, _lora_checks(self) | self._checks())
+
+    @property
+    def router(self) -> type[Router] | None:
+        return ROUTERS.get(self.routing_strategy)
+
+    def router_arguments(self) -> dict[str, Any]:
+        """The settings that the router's constructor reads."""
+        return {key: getattr(self, key) for key in _router_keys(self.router)}
+
+    def lora_arguments(self, of_experts: bool = False) -> dict[str, Any]:
+        """The settings of layers.LoraPair, of experts or of a plain projection."""
+        keys = "r lora_alpha lora_dropout use_rslora use_dora lora_init".split()
+        values = {key: getattr(self, key) for key in keys}
+        if of_experts and self.expert_lora is not None:
+            own = {key: getattr(self.expert_lora, key) for key in keys}
+            values |= {key: value for key, value in own.items() if value is not None}
+        return values
+
+    def _fill_in_router(self) -> None:
+        """A setting takes its router's default; one that nothing would read is refused."""
+        if self.capacity_factor is not None and self.capacity_seq_len is not None:
+            share = self.capacity_seq_len / (self.num_experts or 8)
+            self.expert_capacity = max(1, math.ceil(share * self.capacity_factor))
+        read = _router_keys(self.router) if self.router else {}
+        known = {key for router in ROUTERS.values() for key in _router_keys(router)}
+        for key in sorted(known):
+            if key in read:
+                if getattr(self, key) is None:
+                    setattr(self, key, read[key])
+            elif getattr(self, key) is not None:
+                self._refuse(key)
+        for key in ("router_loss", "router_z_loss_coef"):
+            if self.router and getattr(self, key) is None:
+                setattr(self, key, getattr(self.router, key))
+        if self.capacity_factor is not None and "expert_capacity" not in read:
+            self._refuse("capacity_factor")
+
+    def _refuse(self, key: str) -> None:
+        strategy = f"routing_strategy {self.routing_strategy}" if self.router else "plain LoRA"
+        raise InputError(f"{key} = {getattr(self, key)!r}: {strategy} has no such setting")
+
+    def _checks(self) -> dict[str, tuple[bool, str]]:
+        def between(key: str, holds) -> bool:
+            return getattr(self, key) is None or holds(getattr(self, key))
+
+        num_experts = self.num_experts or 0
+        fused = self.router is not None and self.router.kind == "MIXLORA"
+        targets = self.target_modules
+        return {
+            "target_modules": (
+                bool(targets) and (isinstance(targets, list) or _is_regex(targets)),
+                "a list of at least one projection, a regular expression or all-linear",
+            ),
+            "loraplus_lr_ratio": (self.loraplus_lr_ratio > 0, "> 0"),
+            "num_experts": (between("num_experts", lambda x: x > 0), "> 0"),
+            "top_k": (between("top_k", lambda x: 1 <= x <= num_experts), f"in [1, {num_experts}]"),
+            "top_p": (between("top_p", lambda x: 0 < x <= 1), "in (0, 1]"),
+            "temperature": (between("temperature", lambda x: x >= 0), ">= 0"),
+            "expert_capacity": (between("expert_capacity", lambda x: x > 0), "> 0"),
+            "capacity_factor": (between("capacity_factor", lambda x: x > 0), "> 0"),
+            "capacity_seq_len": (between("capacity_seq_len", lambda x: x > 0), "> 0"),
+            "ffn_dropout": (between("ffn_dropout", lambda x: 0 <= x < 1), "in [0, 1)"),
+            "sparse_step": (self.sparse_step in (None, 1), "1: every feed-forward is a mixture"),
+            "router_init_range": (between("router_init_range", lambda x: x >= 0), ">= 0"),
+            "router_loss": (
+                not (self.router_loss and self.router and self.router.kind == "LORAMOE"),
+                "false for loramoe, whose loads are always equal",
+            ),
+            "router_aux_loss_coef": (self.router_aux_loss_coef >= 0, ">= 0"),
+            "router_z_loss_coef": (between("router_z_loss_coef", lambda x: x >= 0), ">= 0"),
+            "jitter_noise": (between("jitter_noise", lambda x: 0 <= x < 1), "in [0, 1)"),
+            "act_fn": (
+                self.act_fn is None or (fused and self.act_fn in ACTIVATIONS),
+                f"one of {', '.join(ACTIVATIONS)}, and only with experts of a feed-forward",
+            ),
+            "use_dora": (
+                self.router is None or fused or not self.lora_arguments(True)["use_dora"],
+                f"false for the experts of {self.routing_strategy}",
+            ),
+            "expert_lora": (
+                self.expert_lora is None or self.router is not None,
+                "absent without experts",
+            ),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str | Path = "adapter config") -> Any:
+        """From upstream's JSON keys. Keys of methods that are not here must be inert."""
+        fields = {f.name for f in dataclasses.fields(cls)}
+        kept = {}
+        for key, value in values.items():
+            if key == "init_lora_weights":
+                if value not in PLAIN_INITS:  # the others change the base model's weights too
+                    raise InputError(f"{source}: {key} = {value!r} is not supported")
+            elif key in fields:
+                kept[key] = value
+            elif key in FOREIGN_KEYS and not any(value == inert for inert in INERT):
+                raise InputError(f"{source}: {key} = {value!r} is not supported (only {INERT[0]})")
+            elif key not in FOREIGN_KEYS | DESCRIPTIVE_KEYS:
+                raise InputError(f"{source}: unknown key {key!r}{did_you_mean(key, fields)}")
+        kept.pop("sparse_step", None)  # written by MoE-PEFT, read by nothing there
+        strategy = kept.get("routing_strategy")
+        if isinstance(strategy, str):
+            kept["routing_strategy"] = LEGACY_STRATEGIES.get(strategy, strategy)
+        if isinstance(kept.get("target_modules"), dict):  # mLoRA's form: {"q_proj": true, ...}
+            kept["target_modules"] = [key for key, on in kept["target_modules"].items() if on]
+        if isinstance(kept.get("target_modules"), list):
+            kept["target_modules"] = [LEGACY_TARGETS.get(x, x) for x in kept["target_modules"]]
+        for part in (kept, kept.get("expert_lora")):
+            if isinstance(part, dict) and part.get("lora_dropout") == DROPOUT_FOR_ZERO:
+                part["lora_dropout"] = 0.0
+        return configs.build(cls, configs.locate(kept, str(source)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Upstream's JSON keys; those that other programs do not know only where they matter."""
+        values = dataclasses.asdict(self)
+        plain = dataclasses.asdict(AdapterConfig(routing_strategy=self.routing_strategy))
+        always = {"peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha"}
+        always |= {"lora_dropout", "bias", "target_modules"}
+        if self.router is not None:
+            always |= {"routing_strategy", "num_experts", "top_k", "top_p", "temperature"}
+            always |= {"expert_capacity", "act_fn"}
+        if self.expert_lora is not None:
+            own = dataclasses.asdict(self.expert_lora)
+            values["expert_lora"] = {k: _integer(v) for k, v in own.items() if v is not None}
+        values["lora_alpha"] = _integer(self.lora_alpha)
+        for part in (values, values["expert_lora"] or {}):
+            if part.get("lora_dropout") == 0:
+                part["lora_dropout"] = DROPOUT_FOR_ZERO if self.router is not None else 0.0
+        written = {k: v for k, v in values.items() if k in always or v != plain[k]}
+        for key in ("top_k", "top_p", "temperature", "expert_capacity"):
+            if key in written and written[key] is None:
+                del written[key]
+        return written
+
+
+def _router_keys(router: type[Router]) -> dict[str, Any]:
+    """The settings that a router's constructor reads, and its defaults."""
+    parameters = inspect.signature(router.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.name not in ("self", "in_features")}
+
+
+def _lora_checks(settings: LoraSettings | AdapterConfig) -> dict[str, tuple[bool, str]]:
+    r, alpha, dropout = settings.r, settings.lora_alpha, settings.lora_dropout
+    return {
+        "r": (r is None or r > 0, "> 0"),
+        "lora_alpha": (alpha is None or alpha > 0, "> 0"),
+        "lora_dropout": (dropout is None or 0 <= dropout < 1, "in [0, 1)"),
+    }
+
+
+def _check(settings: object, checks: dict[str, tuple[bool, str]]) -> None:
+    for key, (holds, wanted) in checks.items():
+        if not holds:
+            raise InputError(f"{key} must be {wanted}, got {getattr(settings, key)!r}")
+
+
+def _is_regex(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+        return True
+    except re.error:
+        return False
+
+
+def _integer(alpha: Any) -> Any:
+    """32.0 as 32: upstream wants a whole number."""
+    return int(alpha) if type(alpha) is float and alpha >= 1 and alpha.is_integer() else alpha

@@ -1,0 +1,40 @@
+"""Mixtures of LoRA experts around single projections: LoRAMoE (arXiv 2312.09979) and MoLA
+(arXiv 2402.08562).
+
+    y = W x + b + sum_e g_e s B_e A_e x,   g by the projection's own router, 0 where not chosen
+      = W x + b + s [B_1 .. B_E] (g_e A_e x)
+
+The second line is two products of rank E R, whatever the routing.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixlora.layers.context import ForwardContext, Span
+from mixlora.layers.lora import Linear, LoraPair
+from mixlora.layers.router import Router
+
+
+class LoraMixture(LoraPair):
+    def __init__(self, base: Linear, router: Router, **lora) -> None:
+        super().__init__(base, router.num_experts, **lora)
+        self.moe_gate = router
+
+    def forward(
+        self, x_BSI: Tensor, y_BSO: Tensor, base: Linear, context: ForwardContext, span: Span
+    ) -> Tensor:
+        x_TI = x_BSI.reshape(-1, x_BSI.shape[-1])
+        routing = self.moe_gate(x_TI, context.sequences(span, self))
+        context.routing.setdefault((span, self), routing)
+        weight_TE = torch.zeros(len(x_TI), len(self.lora_A), dtype=routing.weight_TK.dtype)
+        weight_TE = weight_TE.to(x_TI.device).scatter(
+            1, routing.expert_TK.long(), routing.weight_TK
+        )
+        x_TI = F.dropout(x_TI, self.dropout, self.training)
+        a_TER = (x_TI @ self.lora_A.to(x_TI.dtype).flatten(0, 1).T).unflatten(
+            1, self.lora_A.shape[:2]
+        )
+        a_TER = a_TER * (self.scaling * weight_TE[..., None]).to(x_TI.dtype)
+        b_EOR = self.lora_B.to(x_TI.dtype)
+        return y_BSO.add_((a_TER.flatten(1) @ b_EOR.transpose(1, 2).flatten(0, 1)).view_as(y_BSO))
