@@ -1,6 +1,7 @@
 """Each family against `transformers`, and what all of them promise."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -211,6 +212,24 @@ def test_loaded_model_is_frozen_and_in_eval_mode(pair) -> None:
     model, _ = pair
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_bfloat16(family: str, tmp_path: Path) -> None:
+    """sqrt(48) is 6.93 and 6.9375 in bfloat16: the embedding's scale of Gemma shows its dtype."""
+    folder, hf_model = tiny_checkpoint(family, tmp_path, hidden_size=48)
+    attention = hf_model.config._attn_implementation
+    options = {"dtype": torch.bfloat16, "attn_implementation": attention}
+    hf_model = type(hf_model).from_pretrained(folder, **options).eval()
+    model = models.load(folder, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    embedded = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, inputs: embedded.append(inputs[0]))
+    tokens_BS = some_tokens(2, 30)
+    logits_BSV = model(tokens_BS)
+    assert torch.equal(embedded[0], hf_model.model.embed_tokens(tokens_BS))
+    assert logits_BSV.dtype == torch.bfloat16
+    assert_close(logits_BSV, hf_model(tokens_BS).logits, rel=0.01)
 
 
 @pytest.mark.parametrize("config", [{}, DYNAMIC], ids=["default RoPE", "dynamic RoPE"])

@@ -12,7 +12,6 @@ from torch import Tensor
 import models
 from mixlora.errors import InputError
 from models.rotary import DynamicRope, LinearRope, Llama3Rope, Rope, YarnRope
-from tests.numerics import assert_close
 from tests.tiny import FAMILIES, SIZES, some_tokens, tiny_llama
 
 
@@ -143,15 +142,6 @@ def test_untied_checkpoint_without_lm_head(whole, tmp_path) -> None:
     folder = copy(whole, tmp_path)
     edit_tensors(folder / "model.safetensors", lambda tensors: tensors.pop("lm_head.weight"))
     assert "likely cause: config.json lacks tie_word_embeddings: true" in error_of(folder)
-
-
-@torch.no_grad()
-def test_dtype_of_load(whole) -> None:
-    model = models.load(whole, dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    tokens_BS = some_tokens(2, 7)
-    assert model(tokens_BS).dtype == torch.bfloat16
-    assert_close(model(tokens_BS).float(), models.load(whole)(tokens_BS), rel=0.1)
 
 
 @torch.no_grad()
