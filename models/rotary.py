@@ -21,11 +21,11 @@ class Rope:
     rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
-        for name in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor"):
-            value = getattr(self, name, 2.0)
-            if not (1 if name == "rope_theta" else 0) < value < math.inf:
-                wanted = "> 1" if name == "rope_theta" else "positive"
-                raise InputError(f"{name} must be {wanted}, got {value}")
+        least = {"rope_theta": 1, "factor": 0, "low_freq_factor": 0, "high_freq_factor": 0}
+        for name, bound in least.items():
+            value = getattr(self, name, math.e)
+            if not bound < value < math.inf:
+                raise InputError(f"{name} must be > {bound}, got {value}")
 
     def frequency(self, C: int, positions_BS: Tensor, segments_BS: Tensor | None) -> Tensor:
         """f_p in radians per position: [P], or [B, S, P] where it depends on the text."""
