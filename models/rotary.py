@@ -50,11 +50,11 @@ class LinearRope(Rope):
 class DynamicRope(Rope):
     """NTK-aware scaling: theta grows with the text once it is longer than the model was made for.
 
-    The length is that of a token's own row or segment up to the longest position that this
-    forward is given: neither the other rows nor padding change it. Decoding from a cache, theta
-    follows the longest position so far, and keys stay as they were turned when they came, as in
-    `generate` of transformers for one row; so beyond `max_position_embeddings` logits differ
-    from those of the same text without a cache, and depend on the pieces it was given in.
+    The text of a token is its row or segment, up to the last position that this forward is given;
+    other rows and padding change nothing. With a cache a new token's theta follows its row so
+    far, and cached keys stay turned as they were when they came: `generate` of transformers does
+    the same for one row. So beyond `max_position_embeddings` cached logits are not those of the
+    whole text at once.
     """
 
     factor: float
@@ -108,9 +108,16 @@ class YarnRope(Rope):
     attention_factor: float | None = None  # None: from factor and the mscales
     mscale: float | None = None
     mscale_all_dim: float | None = None
-    beta_fast: float | None = None  # None: 32
-    beta_slow: float | None = None  # None: 1
+    beta_fast: float | None = None  # None or 0: 32
+    beta_slow: float | None = None  # None or 0: 1
     truncate: bool = True  # the ramp's ends to whole pairs
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("beta_fast", "beta_slow"):
+            turns = getattr(self, name) or 1  # transformers takes 0, too, as the default
+            if not 0 < turns < math.inf:
+                raise InputError(f"{name} must be >= 0, got {turns}")
 
     def frequency(self, C: int, positions_BS: Tensor, segments_BS: Tensor | None) -> Tensor:
         period_P = self.rope_theta ** exponents(C, positions_BS)

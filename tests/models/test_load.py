@@ -278,6 +278,7 @@ def test_no_config(whole, tmp_path) -> None:
             "{key} of type 'yarn': beta_fats is not supported (did you mean 'beta_fast'?)",
         ),
         ({**YARN, "truncate": 1}, "truncate must be bool, got 1"),
+        ({**YARN, "beta_slow": -1}, "{key} of type 'yarn': beta_slow must be >= 0, got -1"),
         ({**YARN, "partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported"),
         (
             {key: value for key, value in LLAMA3.items() if "freq" not in key},
