@@ -14,16 +14,26 @@ from torch import Tensor, nn
 from mixlora.errors import InputError, did_you_mean
 from mixlora.files import TensorFile, check_shapes, read_json
 from mixlora.layers.adapted_model import AdaptedModel
+from models.gemma import Gemma, Gemma2, Gemma2Config, GemmaConfig
 from models.llama import Llama, LlamaConfig
+from models.mistral import Mistral, MistralConfig
+from models.rotary import ROPES, Rope
 
-FAMILIES: dict[str, tuple[type[AdaptedModel], type]] = {"llama": (Llama, LlamaConfig)}
+FAMILIES: dict[str, tuple[type[AdaptedModel], type]] = {
+    "llama": (Llama, LlamaConfig),
+    "mistral": (Mistral, MistralConfig),
+    "gemma": (Gemma, GemmaConfig),
+    "gemma2": (Gemma2, Gemma2Config),
+}
 
 # Keys of config.json that change nothing in a forward pass.
 DESCRIPTIVE = set(
     "architectures model_type torch_dtype dtype transformers_version _name_or_path use_cache "
     "initializer_range bos_token_id eos_token_id pad_token_id tokenizer_class "
-    "attention_dropout pretraining_tp".split()
+    "attention_dropout pretraining_tp max_sequence_length cache_implementation is_llama_config "
+    "transformers.js_config".split()
 )
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 HEADER_OF_OLD_CHECKPOINTS = "rotary_emb.inv_freq"  # a buffer that older checkpoints carry along
 
 
@@ -105,49 +115,67 @@ def _read_config(values: dict, source: str | Path) -> tuple[type[AdaptedModel], 
         hint = did_you_mean(str(kind), FAMILIES)
         raise InputError(f"{source}: model_type {kind!r} is not supported{hint}")
     family, config_class = FAMILIES[kind]
-    values = {**values, **_rope(values, source)}
-    hints = typing.get_type_hints(config_class)
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    rope = _read_rope(values, source)
+    values = {key: value for key, value in values.items() if key not in ROPE_KEYS}
+    fields = [field.name for field in dataclasses.fields(config_class)]
     for key, value in values.items():
-        if key in fields:
-            allowed = typing.get_args(hints[key]) or (hints[key],)
-            if not isinstance(value, (*allowed, int) if float in allowed else allowed) or (
-                isinstance(value, bool) and bool not in allowed
-            ):
-                names = " or ".join(kind.__name__ for kind in allowed)
-                raise InputError(f"{source}: {key} must be {names}, got {value!r}")
-            if type(value) is int and int in allowed and value < 1:
-                raise InputError(f"{source}: {key} must be positive, got {value}")
-        elif key not in DESCRIPTIVE and value not in (None, False):
-            raise InputError(f"{source}: {key} = {value!r} is not supported for {kind}")
+        inert = key in DESCRIPTIVE or value in (None, False)
+        if key not in fields and not inert:
+            hint = did_you_mean(key, fields)
+            raise InputError(f"{source}: {key} = {value!r} is not supported for {kind}{hint}")
+    return family, _build(config_class, {**values, "rope_parameters": rope}, str(source))
+
+
+def _read_rope(values: dict, source: str | Path) -> Rope:
+    """The rotary embedding of config.json, in its old spelling and its new one."""
+    if values.get("partial_rotary_factor", 1) not in (1, None):
+        rotated = values["partial_rotary_factor"]
+        raise InputError(f"{source}: partial_rotary_factor must be 1, got {rotated!r}")
+    given = {key: values[key] for key in ("rope_scaling", "rope_parameters") if values.get(key)}
+    for key, mapping in given.items():
+        if not isinstance(mapping, dict):
+            raise InputError(f"{source}: {key} must be a mapping, got {mapping!r}")
+    if len(given) == 2 and given["rope_scaling"] != given["rope_parameters"]:
+        raise InputError(f"{source}: rope_scaling and rope_parameters differ, one must go")
+    key, mapping = next(iter(given.items()), ("rope_parameters", {}))
+    kind = mapping.get("rope_type", mapping.get("type", "default"))
+    where = f"{source}: {key} of type {kind!r}" if mapping else str(source)
+    if not isinstance(kind, str) or kind not in ROPES:
+        raise InputError(f"{where} is not supported{did_you_mean(str(kind), ROPES)}")
+    outer = {key: values.get(key) for key in ("rope_theta", "max_position_embeddings")}
+    outer = {key: value for key, value in outer.items() if value is not None}
+    fields = {field.name for field in dataclasses.fields(ROPES[kind])} - {"max_position_embeddings"}
+    for name in sorted(mapping.keys() - fields - {"rope_type", "type", "finetuned"}):
+        if name != "partial_rotary_factor" or mapping[name] != 1:
+            raise InputError(f"{where}: {name} is not supported{did_you_mean(name, fields)}")
+    return _build(ROPES[kind], {**outer, **mapping}, where)
+
+
+def _build(kind: type, values: dict, where: str) -> typing.Any:
+    """A dataclass from those of the values that are its fields; `where` opens the errors."""
+    hints = typing.get_type_hints(kind)
+    fields = dataclasses.fields(kind)
+    values = {field.name: values[field.name] for field in fields if field.name in values}
+    for key, value in values.items():
+        allowed = typing.get_args(hints[key]) or (hints[key],)
+        if not isinstance(value, (*allowed, int) if float in allowed else allowed) or (
+            isinstance(value, bool) and bool not in allowed
+        ):
+            names = " or ".join(kind.__name__ for kind in allowed)
+            raise InputError(f"{where}: {key} must be {names}, got {value!r}")
+        if type(value) is int and int in allowed and value < 1:
+            raise InputError(f"{where}: {key} must be positive, got {value}")
     missing = [
-        name
-        for name, field in fields.items()
-        if field.default is dataclasses.MISSING and name not in values
+        field.name
+        for field in fields
+        if field.default is dataclasses.MISSING and field.name not in values
     ]
     if missing:
-        raise InputError(f"{source}: missing {', '.join(missing)}")
+        raise InputError(f"{where}: missing {', '.join(missing)}")
     try:
-        return family, config_class(**{k: v for k, v in values.items() if k in fields})
-    except ValueError as error:
-        raise InputError(f"{source}: {error}") from None
-
-
-def _rope(values: dict, source: str | Path) -> dict:
-    """rope_theta, wherever it is written; every kind but the default is refused by name."""
-    rope: dict[str, typing.Any] = {"rope_scaling": None, "rope_parameters": None}
-    for key in ("rope_scaling", "rope_parameters"):
-        written = values.get(key) or {}
-        if not isinstance(written, dict):
-            raise InputError(f"{source}: {key} must be a mapping, got {written!r}")
-        kind = written.get("rope_type", written.get("type", "default"))
-        if kind != "default":
-            raise InputError(f"{source}: {key} of type {kind!r} is not supported (known: default)")
-        if surplus := sorted(written.keys() - {"rope_type", "type", "rope_theta"}):
-            raise InputError(f"{source}: {key}.{surplus[0]} is not supported")
-        if "rope_theta" in written:
-            rope["rope_theta"] = written["rope_theta"]
-    return rope
+        return kind(**values)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def _weight_files(path: Path) -> tuple[Path, list[TensorFile]]:

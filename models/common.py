@@ -1,13 +1,36 @@
 """Mathematics that the model families share to the bit. A family's differences live in its file."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mixlora.errors import InputError, did_you_mean
 from mixlora.layers.kv_cache import KvCache
+from mixlora.ops import ACTIVATIONS
 
 LOGITS_PER_CHUNK = 1 << 24  # 64 MiB in fp32
+
+
+def check_sizes(config: Any) -> None:
+    """Fill in the sizes that config.json may leave out, and refuse those that cannot be."""
+    H, G = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    if config.head_dim is None and config.hidden_size % H:
+        raise InputError(
+            f"hidden_size {config.hidden_size} must be a multiple of num_attention_heads {H}, "
+            "or head_dim must be given"
+        )
+    if config.hidden_act not in ACTIVATIONS:
+        hint = did_you_mean(config.hidden_act, ACTIVATIONS)
+        raise InputError(f"hidden_act {config.hidden_act!r} is not supported{hint}")
+    if H % G:
+        raise InputError(f"num_attention_heads {H} must be a multiple of num_key_value_heads {G}")
+    object.__setattr__(config, "num_key_value_heads", G)
+    object.__setattr__(config, "head_dim", config.head_dim or config.hidden_size // H)
+    if config.head_dim % 2:
+        raise InputError(f"head_dim must be even for rotary embeddings, got {config.head_dim}")
 
 
 class RMSNorm(nn.Module):
@@ -24,19 +47,6 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x_BSD.dtype)
 
 
-def rotary(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tensor:
-    """[2, B, 1, S, C]: cosine and sine of the rotary embedding (arXiv 2104.09864), half-split."""
-    exponent = torch.arange(0, head_dim, 2, device=positions_BS.device).float() / head_dim
-    angle_BSC = positions_BS[..., None].float() * (1.0 / theta**exponent)
-    angle_BSC = torch.cat([angle_BSC, angle_BSC], dim=-1)
-    return torch.stack([angle_BSC.cos(), angle_BSC.sin()])[:, :, None].to(dtype)
-
-
-def apply_rotary(x_BHSC: Tensor, rope: Tensor) -> Tensor:
-    first, second = x_BHSC.chunk(2, dim=-1)
-    return x_BHSC * rope[0] + torch.cat([-second, first], dim=-1) * rope[1]
-
-
 def positions_of(tokens_BS: Tensor, mask_BS: Tensor | None, segments_BS: Tensor | None) -> Tensor:
     """Each token's place in its document: from 0 in every row, after padding, in every segment."""
     if mask_BS is not None and segments_BS is None:
@@ -50,25 +60,36 @@ def positions_of(tokens_BS: Tensor, mask_BS: Tensor | None, segments_BS: Tensor 
 
 
 def attention_mask(
-    mask_BS: Tensor | None, segments_BS: Tensor | None, cache: KvCache | None, num_queries: int
+    tokens_BS: Tensor,
+    mask_BS: Tensor | None,
+    segments_BS: Tensor | None,
+    cache: KvCache | None,
+    window: int | None = None,
 ) -> Tensor | None:
     """bool [B, 1, S, L], True = may attend; None stands for the plain causal triangle.
 
     A token sees the real tokens at or before it, of its own segment, and always itself: so no
-    row of padding is empty, which would make its softmax NaN.
+    row of padding is empty, which would make its softmax NaN. With a window it sees the nearest
+    `window` of them, itself among them; padding does not count, wherever it stands.
     """
+    S = tokens_BS.shape[1]
     real_BL = mask_BS if cache is None else cache.real_BL[:, : cache.length]
-    if real_BL is None and segments_BS is None:
+    num_keys = S if cache is None else cache.length
+    if window is not None and window >= num_keys:
+        window = None
+    if real_BL is None and segments_BS is None and window is None:
         return None
-    num_keys = real_BL.shape[1] if real_BL is not None else segments_BS.shape[1]
-    device = real_BL.device if real_BL is not None else segments_BS.device
-    key_L = torch.arange(num_keys, device=device)
-    query_S1 = key_L[num_keys - num_queries :, None]
+    key_L = torch.arange(num_keys, device=tokens_BS.device)
+    query_S1 = key_L[num_keys - S :, None]
     allowed = (key_L <= query_S1)[None]
     if real_BL is not None:
         allowed = allowed & real_BL[:, None]
     if segments_BS is not None:
         allowed = allowed & (segments_BS[:, :, None] == segments_BS[:, None])
+    if window is not None:
+        place_BL = key_L[None] if real_BL is None else real_BL.cumsum(1)
+        place_BS1 = place_BL[:, num_keys - S :, None]
+        allowed = allowed & (place_BS1 - place_BL[:, None] < window)
     return (allowed | (key_L == query_S1))[:, None]
 
 

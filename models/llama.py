@@ -1,4 +1,5 @@
-"""LLaMA 1 and 2 (arXiv 2302.13971, 2307.09288), and what shares their architecture.
+"""LLaMA 1 to 3 (arXiv 2302.13971, 2307.09288, 2407.21783), and what shares their architecture:
+TinyLlama, Yi, SmolLM and others whose config.json says `llama`.
 
 From config to logits in reading order. Dimensions: B batch, S sequence, D hidden, F ffn,
 V vocabulary, H query heads, G kv heads, C channels per head, L keys. Module names are those of
@@ -13,21 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mixlora.errors import InputError, did_you_mean
 from mixlora.layers.adapted_model import AdaptedModel
 from mixlora.layers.context import ForwardContext
 from mixlora.layers.kv_cache import KvCache
 from mixlora.layers.lora import Linear
 from mixlora.layers.mixlora_ffn import FeedForward
-from mixlora.ops import ACTIVATIONS
-from models.common import (
-    RMSNorm,
-    apply_rotary,
-    attention_mask,
-    next_token_loss,
-    positions_of,
-    rotary,
-)
+from models.common import RMSNorm, attention_mask, check_sizes, next_token_loss, positions_of
+from models.rotary import Rope, apply_rotary, rotary
 
 
 @dataclass(frozen=True)
@@ -44,29 +37,13 @@ class LlamaConfig:
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    rope_parameters: Rope = Rope()  # from rope_theta, rope_scaling and rope_parameters
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
 
     def __post_init__(self) -> None:
-        H, G = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
-        if self.head_dim is None and self.hidden_size % H:
-            raise InputError(
-                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {H}, "
-                "or head_dim must be given"
-            )
-        if self.hidden_act not in ACTIVATIONS:
-            hint = did_you_mean(self.hidden_act, ACTIVATIONS)
-            raise InputError(f"hidden_act {self.hidden_act!r} is not supported{hint}")
-        if H % G:
-            raise InputError(
-                f"num_attention_heads {H} must be a multiple of num_key_value_heads {G}"
-            )
-        object.__setattr__(self, "num_key_value_heads", G)
-        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // H)
-        if self.head_dim % 2:
-            raise InputError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        check_sizes(self)
 
 
 class Attention(nn.Module):
@@ -179,10 +156,11 @@ class Llama(AdaptedModel):
             positions_BS = cached_positions_BS if positions_BS is None else positions_BS
         elif positions_BS is None:
             positions_BS = positions_of(tokens_BS, mask_BS, segments_BS)
-        mask_B1SL = attention_mask(mask_BS, segments_BS, cache, S)
+        mask_B1SL = attention_mask(tokens_BS, mask_BS, segments_BS, cache)
 
         x_BSD = self.model.embed_tokens(tokens_BS)
-        rope = rotary(positions_BS, self.config.head_dim, self.config.rope_theta, x_BSD.dtype)
+        rope, C = self.config.rope_parameters, self.config.head_dim
+        rope = rotary(rope, positions_BS, segments_BS, C, x_BSD.dtype)
         for block in self.model.layers:
             if self.gradient_checkpointing and self.training:
                 x_BSD = checkpoint(

@@ -21,9 +21,28 @@ SIZES = {
 }
 
 
+# What the kinds of model_type have besides; windows and caps that matter for 40 tokens.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "gemma": {"head_dim": 10},
+    "gemma2": {
+        "head_dim": 10,
+        "num_hidden_layers": 3,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 6,
+        "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 4.0,
+    },
+}
+
+
 @torch.no_grad()
-def fill(parameters: dict[str, nn.Parameter], seed: int = 0) -> None:
-    """Random values: products keep the size of their input, and no bias or norm can be left out."""
+def fill(parameters: dict[str, nn.Parameter], seed: int = 0, norm: float = 1) -> None:
+    """Random values: products keep the size of their input, and no bias or norm can be left out.
+
+    `norm` is the weight with which a norm does nothing more.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in parameters.items():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -31,27 +50,42 @@ def fill(parameters: dict[str, nn.Parameter], seed: int = 0) -> None:
             size = 2.0 if "lm_head" in name or "embed_tokens" in name else 1.0
             parameter.copy_(noise * size / parameter.shape[-1] ** 0.5)
         else:
-            parameter.copy_(noise / 2 if name.endswith("bias") else 1 + noise / 5)
+            parameter.copy_(noise / 2 if name.endswith("bias") else norm + noise / 5)
 
 
-def tiny_llama(
-    folder: Path, *, stored: torch.dtype = torch.float32, shard_size: str = "1GB", **config: Any
+def norm_of(kind: str) -> float:
+    return 0 if kind.startswith("gemma") else 1
+
+
+def tiny_checkpoint(
+    kind: str,
+    folder: Path,
+    *,
+    stored: torch.dtype = torch.float32,
+    shard_size: str = "1GB",
+    **config: Any,
 ) -> tuple[Path, nn.Module]:
     """A checkpoint that `transformers` wrote, and its model."""
-    from transformers import LlamaConfig, LlamaForCausalLM  # slow to import
+    import transformers  # slow
 
-    hf_model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **config}))
-    fill(dict(hf_model.named_parameters()))
+    values = {"attn_implementation": "eager"} if kind == "gemma2" else {}  # others skip the cap
+    hf_config = transformers.AutoConfig.for_model(kind, **{**SIZES, **FAMILIES[kind], **config})
+    hf_model = transformers.AutoModelForCausalLM.from_config(hf_config)
+    fill(dict(hf_model.named_parameters()), norm=norm_of(kind))
     hf_model.to(stored).save_pretrained(folder, max_shard_size=shard_size)
-    hf_model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    hf_model = type(hf_model).from_pretrained(folder, dtype=torch.float32, **values)
     hf_model.generation_config.eos_token_id = None
     return folder, hf_model.eval()
 
 
-def tiny_model(**config: Any) -> nn.Module:
+def tiny_llama(folder: Path, **config: Any) -> tuple[Path, nn.Module]:
+    return tiny_checkpoint("llama", folder, **config)
+
+
+def tiny_model(kind: str = "llama", **config: Any) -> nn.Module:
     """A model without a checkpoint."""
-    model = models.new({"model_type": "llama", **SIZES, **config})
-    fill(dict(model.named_parameters()))
+    model = models.new({"model_type": kind, **SIZES, **FAMILIES[kind], **config})
+    fill(dict(model.named_parameters()), norm=norm_of(kind))
     return model
 
 
