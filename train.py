@@ -165,9 +165,7 @@ def main(argv: list[str]) -> int:
         task: load_examples(config.data.dir, task)[: config.eval.max_rows]
         for task in config.eval.tasks
     }
-    device = config.model.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(config.model)
     model = models.load(config.model.base, getattr(torch, config.model.dtype), device)
     tokenizer = Tokenizer(config.model.base, model.config.vocab_size)
     datasets = [load_dataset(r.data, tokenizer, r.train.max_seq_len) for r in config.runs()]
@@ -275,6 +273,11 @@ def fine_tune(
     progress.close()
     log.close()
     mixlora.save_adapter(model, folder / "adapter", run.name)
+
+
+def device_of(config: ModelConfig) -> str:
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    return auto if config.device == "auto" else config.device
 
 
 def begin_adapter(model: AdaptedModel, run: AdapterRun) -> None:

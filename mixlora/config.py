@@ -9,7 +9,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -32,9 +32,17 @@ class Located:
     where: str
 
 
-def load(cls: type[Config], path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """The config in a YAML file, with `a.b=value` overrides (values are YAML) applied in order."""
-    tree = read(path)
+def load(
+    cls: type[Config],
+    path: str | Path,
+    overrides: typing.Sequence[str] = (),
+    translate: Callable[[Located], Located] = lambda tree: tree,
+) -> Config:
+    """The config in a YAML file, with `a.b=value` overrides (values are YAML) applied in order.
+
+    `translate` is what a foreign config goes through first.
+    """
+    tree = translate(read(path))
     for override in overrides:
         _apply(tree, override)
     return build(cls, tree)
