@@ -152,8 +152,9 @@ def test_how_a_batch_is_cut_does_not_change_the_gradient(checkpoint: Path, adapt
     samples = []
     for length in (5, 30, 9, 17, 40, 8, 23, 12):
         tokens = torch.randint(3, 300, (length,), generator=generator).tolist()
-        samples.append(Sample(tokens, num_prompt=length - 1 - length % 4))
-    num_labels = sum(len(sample.tokens) - sample.num_prompt for sample in samples)
+        num_prompt = length - 1 - length % 4
+        samples.append(Sample(tokens, [-100] * num_prompt + tokens[num_prompt:]))
+    num_labels = collate(samples).num_labels
 
     def gradients(size: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
