@@ -25,7 +25,8 @@ CHATS = {
         "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
         "{{ raise_exception('Conversation roles must alternate user/assistant/...') }}{% endif %}"
         "{% if loop.index0 == 0 and system_message != false %}"
-        "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
+        "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' "
+        "+ message['content'] %}"
         "{% else %}{% set content = message['content'] %}{% endif %}"
         "{% if message['role'] == 'user' %}"
         "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
@@ -42,7 +43,8 @@ CHATS = {
     ),
     "mistral": (
         "{%- if messages[0].role == 'system' %}\n  {%- set system = messages[0].content %}\n"
-        "  {%- set rest = messages[1:] %}\n{%- else %}\n  {%- set rest = messages %}\n{%- endif %}\n"
+        "  {%- set rest = messages[1:] %}\n{%- else %}\n  {%- set rest = messages %}\n"
+        "{%- endif %}\n"
         "{{- bos_token }}\n{%- for message in rest %}\n"
         "  {%- if message.role == 'user' %}\n"
         "    {%- if loop.first and system is defined %}\n"
@@ -64,7 +66,8 @@ CHATS = {
     "tools and loops": (
         "{%- set ns = namespace(n=0) %}{% for m in messages %}\n"
         "  {% if m.role == 'system' %}{% continue %}{% endif %}\n"
-        "  {% set ns.n = ns.n + 1 %}\n<{{ ns.n }}>{{ m | tojson }}{{ [1, 'é<&'] | tojson(indent=1) }}"
+        "  {% set ns.n = ns.n + 1 %}\n<{{ ns.n }}>{{ m | tojson }}"
+        "{{ [1, 'é<&'] | tojson(indent=1) }}"
         "{% endfor %}{{ strftime_now('%Y') | length }}{% if tools is none %}none{% endif %}"
         "{% if add_generation_prompt %}<go>{% endif %}"
     ),
