@@ -173,12 +173,8 @@ class Order:
     round(weight * n) of its n samples: whole copies, and a fresh random subset for the rest."""
 
     def __init__(self, dataset: Dataset, config: DataConfig, batch_size: int, seed: int) -> None:
-        self.parts, self.config, self.batch_size, self.seed = (
-            dataset.parts,
-            config,
-            batch_size,
-            seed,
-        )
+        self.parts, self.config = dataset.parts, config
+        self.batch_size, self.seed = batch_size, seed
         self.lengths = [len(sample.tokens) for sample in dataset.samples]
         self.samples_per_epoch = sum(part.num_drawn for part in self.parts)
         self.steps_per_epoch = -(-self.samples_per_epoch // batch_size)  # the last may be short

@@ -1,12 +1,14 @@
 """Prompts are the published ones to the letter; chats are what transformers renders."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import make_tokenizer
 
+import generate
 from mixlora.errors import InputError
 from mixlora.files import write_json
 from mixlora.templates import ChatTemplate, find_template, read_template
@@ -221,3 +223,26 @@ def test_a_wrong_template_file(name: str, tmp_path: Path) -> None:
     assert f"{tmp_path}/t.json: {words}" in str(error.value)
     write_json(tmp_path / "t.json", {"prompt_input": "{{}}{instruction}", "prompt_no_input": "x"})
     assert read_template(tmp_path / "t.json").prompt("{a}", "b") == "{}{a}"
+
+
+def test_generate_with_the_checkpoints_chat_template(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "chat")
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHATS["llama-2"]}
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "generation_config.json", {"eos_token_id": [2, 9]})
+    heard = {}
+
+    def record(model: object, prompts: list, max_new_tokens: int, *more: object) -> None:
+        heard.update(prompts=prompts, stop=more[1])
+
+    monkeypatch.setattr(generate, "generate", record)
+    arguments = ["--base", str(folder), "--instruction", "the cat", "--input", "sat"]
+    assert generate.main([*arguments, "--template", "chat"]) == 0
+    tokenizer = Tokenizer(folder)
+    wanted = tokenizer.encode("<s>[INST] the cat\n\nsat [/INST]", bos=False)
+    assert heard["prompts"] == [wanted] and wanted.count(1) == 1
+    assert heard["stop"] == [2, 9, 1]
+    assert generate.main([*arguments, "--template", "plain"]) == 0
+    assert heard["prompts"] == [tokenizer.encode("the cat\nsat\n")]
