@@ -6,8 +6,9 @@
 
 tokenizer_config.json says more, where it is there: bos_token and the like (else
 special_tokens_map.json, the tokenizer itself, generation_config.json, config.json, in this order),
-add_bos_token, and tokens added to the vocabulary (else added_tokens.json). Without add_bos_token a
-tokenizer.json adds what its post-processor adds and a tokenizer.model adds BOS.
+and tokens added to the vocabulary (else added_tokens.json). A tokenizer.json puts BOS before a text
+if its post-processor does, whatever add_bos_token says, as in transformers; a tokenizer.model does,
+unless add_bos_token is false.
 
 Tokens that these files name are found in any text, as transformers finds them; the control pieces
 of a sentencepiece model that no file names are not, as in sentencepiece.
@@ -25,16 +26,16 @@ from mixlora.errors import InputError
 from mixlora.files import read_json
 
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 LLAMA3_SPLIT = (  # of llama3/tokenizer.py
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA3_NUM_SPECIAL = 256
-LLAMA3_SPECIAL = {0: "begin_of_text", 1: "end_of_text"} | {
+LLAMA3_SPECIAL = {0: "begin_of_text", 1: "end_of_text", 9: "eot_id"} | {
     6: "start_header_id",
     7: "end_header_id",
-    9: "eot_id",
 }
 MARK = "\x1a"  # in no vocabulary, so that no piece joins it with what follows
 
@@ -102,11 +103,11 @@ class Tokenizer:
         parts, start = [], 0
         for i in range(1, len(texts)):
             alone = self.encode("".join(texts[:i]), bos)
-            end = start  # ids before it are the same whatever follows
-            while end < min(len(alone), len(whole)) and alone[end] == whole[end]:
-                end += 1
-            parts.append(whole[start:end])
-            start = end
+            common = 0
+            while common < min(len(alone), len(whole)) and alone[common] == whole[common]:
+                common += 1
+            parts.append(whole[start:common])
+            start = max(start, common)
         return [*parts, whole[start:]]
 
     def continuation(self, prompt: str, text: str) -> tuple[list[int], list[int]]:
@@ -163,17 +164,17 @@ class TokenizersFile(Reader):
         self._model.no_padding()
         for id, token in sorted(settings["added"].items()):
             if self._model.token_to_id(token["content"]) is None:
-                flags = {key: value for key, value in token.items() if isinstance(value, bool)}
-                special = flags.pop("special", False)
-                added = tokenizers.AddedToken(token["content"], special=special, **flags)
-                (self._model.add_special_tokens if special else self._model.add_tokens)([added])
+                flags = {flag: bool(token.get(flag)) for flag in FLAGS if flag in token}
+                added = tokenizers.AddedToken(token["content"], **flags)
+                self._model.add_tokens([added])
             if self._model.token_to_id(token["content"]) != id:
                 raise InputError(
                     f"{path}: token {token['content']!r} is {id} in tokenizer_config.json, "
                     f"{self._model.token_to_id(token['content'])} here"
                 )
-        texts = [content_of(settings.get(name)) for name in NAMED]
-        self._model.add_special_tokens([t for t in texts if t and self.id_of(t) is not None])
+        already = {token.content for token in self._model.get_added_tokens_decoder().values()}
+        known = [text for text in settings["special"] if self.id_of(text) is not None]
+        self._model.add_special_tokens([text for text in known if text not in already])
         self.size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         self.named = {}
         probe = self._model.encode("a")
@@ -187,8 +188,6 @@ class TokenizersFile(Reader):
             self.named["bos_token"] = before[0]
         if after:
             self.named["eos_token"] = after[0]
-        if "add_bos_token" in settings or "add_eos_token" in settings:
-            self.adds_bos = bool(settings.get("add_bos_token"))
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
@@ -221,9 +220,8 @@ class Sentencepiece(Reader):
         self.adds_bos = bool(settings.get("add_bos_token", True))
         self._added: dict[str, int] = {}
         self._special: set[int] = set()
-        for name in NAMED:
-            text = content_of(settings.get(name))
-            if text is not None and (id := self._piece(text)) is not None:
+        for text in settings["special"]:
+            if (id := self._piece(text)) is not None:
                 self._added[text] = id
                 self._special.add(id)
         for id, token in settings["added"].items():
@@ -344,20 +342,23 @@ class Tiktoken(Reader):
 def read_settings(folder: Path) -> dict:
     """tokenizer_config.json, completed by the files of older checkpoints.
 
-    `added` is {id: {"content": text, flag: true or false ...}}.
+    `special` are the texts of bos_token and the like, and of additional special tokens; `added` is
+    {id: {"content": text, flag: true or false ...}}.
     """
     path = folder / "tokenizer_config.json"
     settings = read_json(path) if path.is_file() else {}
     older = folder / "special_tokens_map.json"
     if older.is_file():
         settings = {**read_json(older), **settings}
+    more = [settings.get(key) for key in ("additional_special_tokens", "extra_special_tokens")]
+    named = [settings.get(name) for name in NAMED]
+    named += [token for tokens in more if isinstance(tokens, list) for token in tokens]
+    settings["special"] = [text for text in map(content_of, named) if text is not None]
     added = settings.get("added_tokens_decoder")
     if added is None:
         path = folder / "added_tokens.json"
         texts = read_json(path) if path.is_file() else {}
-        special = {content_of(settings.get(name)) for name in NAMED}
-        more = settings.get("additional_special_tokens") or []
-        special |= {content_of(token) for token in more} if isinstance(more, list) else set()
+        special = settings["special"]
         added = {id: {"content": text, "special": text in special} for text, id in texts.items()}
     try:
         settings["added"] = {int(id): {**token} for id, token in added.items()}

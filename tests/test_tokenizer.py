@@ -221,6 +221,36 @@ def test_tokens_added_to_llama_2(tmp_path: Path) -> None:
     assert [older.encode(text) for text in texts] == [tokenizer.encode(text) for text in texts]
 
 
+@pytest.mark.parametrize("bos", [False, True])
+def test_tokens_added_beside_a_tokenizer_json(tmp_path: Path, bos: bool) -> None:
+    """And that the tokenizer.json wins over a tokenizer.model of another vocabulary, and its
+    post-processor over add_bos_token."""
+    from transformers import AutoTokenizer, LlamaTokenizer
+
+    make_tokenizer(tmp_path / "tokenizer.model")
+    LlamaTokenizer.from_pretrained(tmp_path, add_bos_token=bos).save_pretrained(tmp_path)
+    make_tokenizer(tmp_path / "tokenizer.model", vocab_size=350)
+    flags = {"lstrip": False, "single_word": False, "normalized": False}
+    added = {
+        "384": {"content": "<tool>", "special": False, "rstrip": False, **flags},
+        "385": {"content": "<|x|>", "special": True, "rstrip": True, **flags},
+    }
+    named = {"bos_token": "<s>", "eos_token": "<|x|>", "additional_special_tokens": ["\u2581mat"]}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": not bos, **named}
+    write_json(tmp_path / "tokenizer_config.json", {**config, "added_tokens_decoder": added})
+    tokenizer, theirs = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    texts = ["the cat", "<tool> a<|x|>  red<s> mat", "on a\u2581mat", "</s>"]
+    assert [tokenizer.encode(text) for text in texts] == theirs(texts).input_ids
+    assert tokenizer.vocab_size == len(theirs) == 386
+    assert tokenizer.eos_id == theirs.eos_token_id == 385
+    ids = tokenizer.encode(texts[1])
+    assert tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    added["384"]["content"] = "a"  # which has another id
+    write_json(tmp_path / "tokenizer_config.json", {**config, "added_tokens_decoder": added})
+    with pytest.raises(InputError, match=r"token 'a' is 384 in tokenizer_config.json, \d+ here"):
+        Tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("add_bos, add_eos", [(None, None), (False, None), (True, True)])
 def test_bos_is_added_as_the_files_say_and_eos_never(
     tmp_path: Path, add_bos: bool | None, add_eos: bool | None
