@@ -26,6 +26,7 @@ ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
+DEFAULT_TEMPLATES = {"alpaca": "alpaca", "chat": "chat", "sharegpt": "chat"}
 
 
 @dataclass
@@ -63,9 +64,10 @@ class Text(NamedTuple):
 
 def load_source(source: Source, tokenizer: Tokenizer) -> list[Text]:
     """All texts of a file; each fault names the file and the line."""
-    if source.format == "text" and Path(source.path).suffix not in (".json", ".jsonl"):
-        return _whole_file(source)
-    if source.format == "auto" and Path(source.path).suffix == ".txt":
+    suffix = Path(source.path).suffix
+    if (source.format == "text" and suffix not in (".json", ".jsonl")) or (
+        source.format == "auto" and suffix == ".txt"
+    ):
         return _whole_file(source)
     texts: list[Text] = []
     read = None
@@ -87,6 +89,7 @@ def load_source(source: Source, tokenizer: Tokenizer) -> list[Text]:
 
 
 def _whole_file(source: Source) -> list[Text]:
+    _refuse_template(source)
     text = read_text(source.path)
     if not text.strip():
         raise InputError(f"{source.path} is empty")
@@ -95,8 +98,8 @@ def _whole_file(source: Source) -> list[Text]:
 
 def _reader(source: Source, row: dict, where: str, tokenizer: Tokenizer) -> Callable[[dict], Text]:
     """How to read the rows of a source whose first row is this."""
-    keys = {"chat": "messages", "sharegpt": "conversations", "text": "text"}
-    keys["alpaca"] = source.columns.instruction
+    keys = {"chat": "messages", "sharegpt": "conversations"}
+    keys |= {"alpaca": source.columns.instruction, "text": "text"}  # Alpaca's rows have a text too
     form = source.format
     if form == "auto":
         form = next((form for form, key in keys.items() if key in row), "auto")
@@ -106,10 +109,9 @@ def _reader(source: Source, row: dict, where: str, tokenizer: Tokenizer) -> Call
             f"{', '.join(row) or 'nothing'}"
         )
     if form == "text":
-        if source.template:
-            raise InputError(f"{source.path}: template must be left out for format text")
+        _refuse_template(source)
         return lambda row: Text([Span(_text(row, "text"), True)], is_document=True)
-    template = find_template(source.template or _DEFAULT_TEMPLATE[form], tokenizer)
+    template = find_template(source.template or DEFAULT_TEMPLATES[form], tokenizer)
     if form == "alpaca":
         return lambda row: _instruction(row, source.columns, template)
     if not isinstance(template, ChatTemplate):
@@ -121,7 +123,9 @@ def _reader(source: Source, row: dict, where: str, tokenizer: Tokenizer) -> Call
     return lambda row: _conversation(row, keys[form], entry, template)
 
 
-_DEFAULT_TEMPLATE = {"alpaca": "alpaca", "chat": "chat", "sharegpt": "chat"}
+def _refuse_template(source: Source) -> None:
+    if source.template:
+        raise InputError(f"{source.path}: template must be left out for format text")
 
 
 def _instruction(row: dict, columns: Columns, template: Template) -> Text:

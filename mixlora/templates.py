@@ -20,6 +20,7 @@ from mixlora.errors import InputError, did_you_mean
 from mixlora.files import read_json, read_text
 from mixlora.tokenizer import Tokenizer
 
+WRONG_VALUES = (TypeError, ValueError, ArithmeticError, LookupError)  # what a template may raise
 Message = dict[str, str]  # role: system, user or assistant; content: text
 
 
@@ -66,7 +67,7 @@ class ChatTemplate:
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError:
             raise InputError(f"{where}: a chat template takes: pip install jinja2") from None
-        self._errors = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError)
+        self._errors = (jinja2.TemplateError, RecursionError, *WRONG_VALUES)
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )

@@ -77,6 +77,8 @@ def test_instructions(form: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
         assert learned(sample, tokenizer) == [row["output"] + "|"]
     assert "Input:" not in tokenizer.decode(dataset.samples[1].tokens)
     assert [*dataset[1:]] == [[(4, 1.0)], 0, 0, None]
+    write_rows(path, [{**row, "text": "of Alpaca's own"} for row in ALPACA])
+    assert load(path, tokenizer) == dataset
 
 
 def test_columns_and_templates(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -285,6 +287,9 @@ def test_wrong_settings_of_a_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write_rows(path, [{"text": "a"}])
     with pytest.raises(InputError, match="template must be left out for format text"):
         load(path, tokenizer, template="alpaca")
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(InputError, match="template must be left out for format text"):
+        load(tmp_path / "a.txt", tokenizer, template="alpaca")
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(InputError, match="empty.txt is empty"):
         load(tmp_path / "empty.txt", tokenizer)
