@@ -1,7 +1,7 @@
 """Text from a model, with or without an adapter.
 
 python generate.py --base DIR [--adapter DIR] --prompt TEXT [--prompt TEXT ...]
-                   | --instruction TEXT [--input TEXT] [--template alpaca]
+                   | --instruction TEXT [--input TEXT] [--template alpaca|chat|FILE]
                    [--max-new-tokens N] [--temperature T] [--top-p P] [--seed S]
 """
 
@@ -13,7 +13,7 @@ import mixlora
 import models
 from mixlora.engine import Sampling, generate
 from mixlora.errors import ArgumentParser, InputError, command
-from mixlora.templates import TEMPLATES, apply_template
+from mixlora.templates import TEMPLATES, ChatTemplate, find_template
 from mixlora.tokenizer import Tokenizer
 
 
@@ -25,7 +25,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--instruction", help="goes into the template, instead of --prompt")
     parser.add_argument("--input", help="what the instruction is about")
-    parser.add_argument("--template", default="alpaca", help=", ".join(TEMPLATES))
+    parser.add_argument(
+        "--template",
+        default="alpaca",
+        help=f"{', '.join(TEMPLATES)}, chat (the checkpoint's own), or a .json or .jinja file",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -36,15 +40,18 @@ def main(argv: list[str]) -> int:
     if bool(options.prompt) == bool(options.instruction):
         raise InputError("give either --prompt or --instruction")
     sampling = Sampling(options.temperature, options.top_p, options.seed)
-    texts = options.prompt or [apply_template(options.template, options.instruction, options.input)]
 
     model = models.load(options.base, getattr(torch, options.dtype), options.device)
     tokenizer = Tokenizer(options.base, model.config.vocab_size)
+    prompts = [tokenizer.encode(text) for text in options.prompt]
+    if options.instruction:
+        template = find_template(options.template, tokenizer)
+        text = template.prompt(options.instruction, options.input)
+        prompts = [tokenizer.encode(text, bos=not isinstance(template, ChatTemplate))]
     if options.adapter:
         mixlora.load_adapter(model, options.adapter)
-    prompts = [tokenizer.encode(text) for text in texts]
     speaker = Speaker(tokenizer, prompts)
-    stop = [tokenizer.eos_id, tokenizer.bos_id]
+    stop = [id for id in (*tokenizer.stop_ids, tokenizer.bos_id) if id is not None]
     generate(model, prompts, options.max_new_tokens, sampling, stop, speaker.hear)
     speaker.finish()
     return 0

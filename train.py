@@ -26,14 +26,7 @@ from mixlora.adapter_config import AdapterConfig
 from mixlora.adapter_files import read_tensors
 from mixlora.adapters import PARTS, freeze_but, trained_parameters
 from mixlora.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from mixlora.data import (
-    DataConfig,
-    Dataset,
-    collate,
-    load_dataset,
-    samples_of_step,
-    steps_per_epoch,
-)
+from mixlora.data import DataConfig, Dataset, Order, collate, load_dataset
 from mixlora.errors import ArgumentParser, InputError, command
 from mixlora.evaluation import PROTOCOLS, evaluate
 from mixlora.files import write_bytes, write_json
@@ -58,7 +51,7 @@ class LoopConfig:
     epochs: int | None = None
     batch_size: int = 16  # samples per optimizer step
     micro_batch_size: int | None = None  # samples per forward; None = batch_size
-    max_seq_len: int = 512  # longer prompts lose their beginning
+    max_seq_len: int = 512  # what longer samples lose is data.truncate
     gradient_checkpointing: bool = False  # per block: less memory, one more forward
     start_from: str | None = None  # an adapter's folder; None = fresh
     parts: list[Literal[PARTS]] = field(default_factory=lambda: list(PARTS))  # the rest is frozen
@@ -205,14 +198,15 @@ def fine_tune(
     mixlora.print_trainable_parameters(model)
     device = next(model.parameters()).device
     samples, batch_size = dataset.samples, run.train.batch_size
+    order = Order(dataset, run.data, batch_size, config.run.seed)
     print(
-        f"{run.name}: {len(samples)} samples, {dataset.num_truncated} prompts truncated, "
-        f"{dataset.num_skipped} skipped (answer longer than train.max_seq_len)"
+        f"{run.name}: {len(samples)} samples, {order.samples_per_epoch} in an epoch, "
+        f"{dataset.num_truncated} truncated, {dataset.num_skipped} skipped (no answer, or longer "
+        "than train.max_seq_len)"
     )
     parameters = trained_parameters(model, run.name)
     optimizer = make_optimizer(parameters, run.optim, run.adapter.loraplus_lr_ratio)
-    epoch_steps = steps_per_epoch(len(samples), batch_size)
-    num_steps = run.train.steps or run.train.epochs * epoch_steps
+    num_steps = run.train.steps or run.train.epochs * order.steps_per_epoch
     folder.mkdir(parents=True, exist_ok=True)
     saved = checkpoints(folder / "checkpoints") if resume else []
     first = load_checkpoint(saved[-1], model, run.name, optimizer) if saved else 0
@@ -225,17 +219,18 @@ def fine_tune(
 
     for step in range(first, num_steps):
         began = time.perf_counter()
-        indices = samples_of_step(step, len(samples), batch_size, config.run.seed)
-        chosen = [samples[i] for i in indices]
-        num_labels = sum(len(sample.tokens) - sample.num_prompt for sample in chosen)
+        chosen = [samples[i] for i in order.samples(step)]
         micro = run.train.micro_batch_size or batch_size
         parts = [chosen[i : i + micro] for i in range(0, len(chosen), micro)]
-        batches = [collate(part, device) for part in parts]
+        batches = [collate(part, device, dataset.pad_id) for part in parts]
+        num_labels = sum(batch.num_labels for batch in batches)
 
         loss = router_loss = 0.0
         forwards = []
-        for tokens_BS, mask_BS, labels_BS in batches:
-            loss_sum, _ = model(tokens_BS, mask_BS=mask_BS, labels_BS=labels_BS)
+        for tokens_BS, mask_BS, labels_BS, _, positions_BS in batches:
+            loss_sum, _ = model(
+                tokens_BS, mask_BS=mask_BS, positions_BS=positions_BS, labels_BS=labels_BS
+            )
             micro_loss = loss_sum / num_labels
             micro_router_loss = model.router_loss() / len(batches)
             (micro_loss + micro_router_loss).backward()

@@ -7,8 +7,9 @@ torch's reader of tensors alone, which runs no code of the file.
 import io
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -153,3 +154,55 @@ def read_json(path: str | Path) -> dict:
     if not isinstance(value, dict):
         raise InputError(f"{path}: must hold a JSON object, got {type(value).__name__}")
     return value
+
+
+def read_text(path: str | Path) -> str:
+    """UTF-8 with or without a byte order mark; line ends stay what they are."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """("file:line", row) of JSON lines or of a JSON array; blank lines are skipped."""
+    text = read_text(path)
+    is_array = text.lstrip().startswith("[")
+    for line, row in _array(text, path) if is_array else _lines(text, path):
+        if not isinstance(row, dict):
+            kind = type(row).__name__
+            raise InputError(f"{path}:{line}: a row must be a JSON object, got {kind}")
+        yield f"{path}:{line}", row
+
+
+def _lines(text: str, path: str | Path) -> Iterator[tuple[int, object]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, _parse(line, path, number)
+
+
+def _array(text: str, path: str | Path) -> Iterator[tuple[int, object]]:
+    """The array is parsed twice: as a whole for its faults, then item by item for their lines."""
+    num_items, decoder = len(_parse(text, path, 1)), json.JSONDecoder()
+    line, counted, at = 1, 0, text.index("[") + 1
+    for _ in range(num_items):
+        while text[at] in " \t\r\n,":
+            at += 1
+        line += text.count("\n", counted, at)
+        counted = at
+        item, at = decoder.raw_decode(text, at)
+        yield line, item
+
+
+def _parse(text: str, path: str | Path, line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{path}:{line + error.lineno - 1}"
+        raise InputError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits
+        raise InputError(f"{path}:{line}: not JSON: {error}") from None

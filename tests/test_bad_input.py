@@ -181,7 +181,7 @@ CONFIGS: dict[str, Case] = {
     ),
     "neither steps nor epochs": config("  steps: 1\n", "", "config.yaml:13: train.steps or epochs"),
     "NUL in a path": config("dir: ", 'dir: "a\\0b" #', "config.yaml:4: data.dir must be text"),
-    "no tasks": config("[arc-e]", "[]", "data.tasks"),
+    "no tasks": config("[arc-e]", "[]", "data.tasks or data.files"),
     "task twice": config("[arc-e]", "[arc-e, arc-e]", "config.yaml:5: data.tasks", "once"),
     "unknown projection": config(
         "r: 2",
@@ -463,6 +463,57 @@ ROWS: dict[str, Case] = {
 }
 
 
+GOOD_ROW = json.dumps({"instruction": "sing", "input": "", "output": "la"})
+TALK = json.dumps({"messages": [{"role": "user", "content": "a"}]})
+
+
+def files(content: str | bytes, *words: str, **source: object) -> Case:
+    """A config whose data.files is one file of that content."""
+
+    def damage(place: Place) -> None:
+        content_bytes = content if isinstance(content, bytes) else content.encode()
+        (place.folder / "rows.jsonl").write_bytes(content_bytes)
+        (place.folder / "chat.jinja").write_text("{{ messages[0].content }}")
+        (place.folder / "no.jinja").write_text("{{ raise_exception('never') }}")
+        entry = json.dumps([{"path": "rows.jsonl", **source}])
+        place.change_config("  tasks: [arc-e]", f"  files: {entry}")
+
+    return damage, Place.train, words
+
+
+FILES: dict[str, Case] = {
+    "bad JSON": files(f"{GOOD_ROW}\n" * 6 + '{"instr', "error: rows.jsonl:7: not JSON"),
+    "missing column": files(
+        GOOD_ROW.replace("output", "outputs"),
+        "rows.jsonl:1: the row has no key 'output' (did you mean 'outputs'?)",
+    ),
+    "empty": files("", "rows.jsonl is empty"),
+    "not UTF-8": files(b'{"a": "\xff"}', "rows.jsonl: not UTF-8"),
+    "surrogate": files(GOOD_ROW.replace("la", "\\udc00"), "rows.jsonl:1: half a surrogate pair"),
+    "no chat template": files(TALK, "tokenizer_config.json: no chat_template"),
+    "no answer": files(TALK, "all 1 samples are without an answer", template="chat.jinja"),
+    "template that refuses": files(TALK, "rows.jsonl:1: no.jinja: never", template="no.jinja"),
+    "no such file": files(GOOD_ROW, "nowhere.jsonl: no such file", path="nowhere.jsonl"),
+    "folder": files(GOOD_ROW, "tasks: cannot be read", path="tasks"),
+    "unknown key": files(
+        GOOD_ROW,
+        "config.yaml:5: unknown key 'data.files.0.wieght' (did you mean 'weight'?)",
+        wieght=1,
+    ),
+    "unknown format": files(
+        GOOD_ROW, "config.yaml:5: data.files.0.format must be auto or alpaca or", format="alpacca"
+    ),
+    "weight": files(GOOD_ROW, "config.yaml:5: data.files.0.weight must be > 0, got 0", weight=0),
+    "tiny weight": files(GOOD_ROW, "rows.jsonl: weight 0.1 draws none of its 1", weight=0.1),
+    "max_samples": files(GOOD_ROW, "config.yaml:5: data.files.0.max_samples", max_samples=0),
+    "columns": files(GOOD_ROW, "data.files.0.columns must be a mapping", columns="instruction"),
+    "unknown template": files(GOOD_ROW, "unknown template 'plian'", "'plain'", template="plian"),
+    "answer longer than max_seq_len": files(
+        json.dumps({"instruction": "a", "output": "x" * 500}), "all 1 samples", "max_seq_len 128"
+    ),
+}
+
+
 def add_adapter(place: Place, base: Path | None = None, **changes: object) -> None:
     model = models.load(base or place.checkpoint)
     mixlora.add_adapter(model, mixlora.AdapterConfig(r=2, target_modules=["q_proj", "v_proj"]))
@@ -545,6 +596,12 @@ COMMANDS: dict[str, Case] = {
         "alpacca",
         words=("unknown template 'alpacca' (did you mean 'alpaca'?)",),
     ),
+    "chat without a chat template": generate_case(
+        "--instruction", "a", "--template", "chat", words=("tokenizer_config.json: no chat_templ",)
+    ),
+    "no template file": generate_case(
+        "--instruction", "a", "--template", "no/x.json", words=("no/x.json: no such file",)
+    ),
     "negative temperature": generate_case("--temperature", "-1", words=("temperature", "-1")),
     "temperature nan": generate_case("--temperature", "nan", words=("temperature", "nan")),
     "top-p of 0": generate_case("--top-p", "0", words=("top_p", "(0, 1]")),
@@ -576,6 +633,7 @@ CASES = {
         ("checkpoint", CHECKPOINTS),
         ("rows", ROWS),
         ("command", COMMANDS),
+        ("files", FILES),
     )
     for name, case in cases.items()
 }

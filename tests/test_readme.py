@@ -1,5 +1,6 @@
 """Every command of the README works. Training is cut short; make's targets are run dry."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -103,6 +104,23 @@ def test_prepare_then_train_on_ones_own_model_then_resume(
     arguments.append("train.max_seq_len=256")  # what the quickstart model reads
     assert train.main([*(here.get(word, word) for word in begin[2:]), *arguments]) == 0
     assert train.main([here.get(word, word) for word in resume[2:]]) == 0
+
+
+def test_train_on_ones_own_rows_then_generate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"instruction": f"{i} plus 1?", "output": str(i + 1)} for i in range(8)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    begin, speak = (command for command in COMMANDS if "runs/instructions" in command)
+    begin = begin.replace("mine.jsonl", str(tmp_path / "mine.jsonl"))
+    begin, speak = (
+        shlex.split(command.replace("runs/instructions", str(tmp_path / "run")))[2:]
+        for command in (begin, speak)
+    )
+    assert train.main([*begin, *SHORT[:2], "run.plot=false"]) == 0
+    assert "8 samples, 8 in an epoch, 0 truncated, 0 skipped" in capsys.readouterr().out
+    assert generate.main([*speak, "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().out.startswith("Sum up.\n")
 
 
 def test_the_python_example(capsys: pytest.CaptureFixture[str]) -> None:

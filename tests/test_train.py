@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import write_rows
 
 import mixlora
 import models
 import train
 from mixlora.adapters import adapter_parameters
-from mixlora.data import Sample, collate
+from mixlora.data import DataConfig, Order, Sample, collate, load_dataset
 from mixlora.files import TensorFile
+from mixlora.sources import Source
+from mixlora.tokenizer import Tokenizer
 
 MIXLORA = {"routing_strategy": "mixlora", "r": 4, "num_experts": 4, "lora_dropout": 0.1}
 LORA = {"r": 8, "lora_dropout": 0.1}
@@ -103,6 +106,37 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert_same_weights(weights(resumed), expected_weights)
 
 
+@pytest.mark.parametrize("loss_on", ["answer", "text", "padded_text"])
+def test_a_run_on_files(settings: dict, tmp_path: Path, checkpoint: Path, loss_on: str) -> None:
+    """Mixed with a task, weighted, grouped: resumed it is the same, and a step's loss is the sum
+    of its labels' losses over their number, however it is cut."""
+    rows = [{"instruction": f"sing {i} " * i, "output": "la " * i} for i in range(1, 9)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    files = [{"path": str(tmp_path / "rows.jsonl"), "template": "plain", "weight": 1.5}]
+    settings["data"] |= {"files": files, "group_by_length": True, "loss_on": loss_on}
+    settings["run"]["save_every_steps"] = 4
+    whole = run(settings, tmp_path)
+    shutil.copytree(whole, tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed/default/checkpoints/step-000006")
+    settings["run"]["dir"] = str(tmp_path / "resumed")
+    resumed = run(settings, tmp_path, "--resume")
+    assert metrics(resumed) == metrics(whole)
+    assert_same_weights(weights(resumed), weights(whole))
+
+    config = DataConfig(**{**settings["data"], "files": [Source(**files[0])]})
+    dataset = load_dataset(config, Tokenizer(checkpoint), 96)
+    chosen = [dataset.samples[i] for i in Order(dataset, config, 7, seed=0).samples(0)]
+    model = models.load(checkpoint)
+    losses = num_labels = 0
+    for part in (chosen[:3], chosen[3:6], chosen[6:]):
+        tokens, mask, labels, _, positions = collate(part, pad_id=dataset.pad_id)
+        logits = model(tokens, mask_BS=mask, positions_BS=positions)[:, :-1].flatten(0, 1)
+        wanted = labels[:, 1:].flatten()
+        losses += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+        num_labels += int((wanted != -100).sum())
+    assert metrics(whole)[0]["loss"] == pytest.approx(float(losses / num_labels), rel=1e-5)
+
+
 def test_a_run_goes_on_after_a_stop_between_checkpoints(settings: dict, tmp_path: Path) -> None:
     settings["run"]["save_every_steps"] = 4
     expected = metrics(run(settings, tmp_path))
@@ -152,8 +186,9 @@ def test_how_a_batch_is_cut_does_not_change_the_gradient(checkpoint: Path, adapt
     samples = []
     for length in (5, 30, 9, 17, 40, 8, 23, 12):
         tokens = torch.randint(3, 300, (length,), generator=generator).tolist()
-        samples.append(Sample(tokens, num_prompt=length - 1 - length % 4))
-    num_labels = sum(len(sample.tokens) - sample.num_prompt for sample in samples)
+        num_prompt = length - 1 - length % 4
+        samples.append(Sample(tokens, [-100] * num_prompt + tokens[num_prompt:]))
+    num_labels = collate(samples).num_labels
 
     def gradients(size: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)

@@ -13,6 +13,10 @@ class Example(NamedTuple):
     labels: tuple[str, ...]
     gold: int  # index into labels
 
+    @property
+    def answer(self) -> str:
+        return " " + self.labels[self.gold]
+
 
 def arc(row: dict) -> Example:
     return _question(text(row, "question"), row["choices"], row["answerKey"])
