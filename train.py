@@ -33,13 +33,12 @@ from mixlora.data import (
     steps_per_epoch,
 )
 from mixlora.errors import ArgumentParser, InputError, command
-from mixlora.evaluation import PROTOCOLS, evaluate
+from mixlora.evaluation import PROTOCOLS, evaluate, load_questions
 from mixlora.files import write_bytes, write_json
 from mixlora.layers.adapted_model import AdaptedModel
 from mixlora.metrics import MetricsLog, Progress, routing_metrics
 from mixlora.optim import OptimConfig, lr_at, make_optimizer, set_lr
-from mixlora.report import accuracy_table, plot_run, require_matplotlib
-from mixlora.tasks import load_examples
+from mixlora.report import accuracy_table, averages, plot_run, provenance, require_matplotlib
 from mixlora.tokenizer import Tokenizer
 
 
@@ -70,7 +69,7 @@ class LoopConfig:
 @dataclass
 class EvalConfig:
     tasks: list[str] = field(default_factory=list)  # before and after training; [] = none
-    protocol: Literal[PROTOCOLS] = PROTOCOLS[0]
+    protocol: Literal[tuple(PROTOCOLS)] = "mixlora-fixed"
     batch_size: int = 32
     max_rows: int | None = None  # of each task, from its beginning; None = all
 
@@ -150,10 +149,8 @@ def main(argv: list[str]) -> int:
     if config.run.plot:
         require_matplotlib()
     torch.manual_seed(config.run.seed)
-    examples = {
-        task: load_examples(config.data.dir, task)[: config.eval.max_rows]
-        for task in config.eval.tasks
-    }
+    scoring = config.eval
+    questions = load_questions(scoring.protocol, config.data.dir, scoring.tasks, scoring.max_rows)
     device = config.model.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -170,12 +167,13 @@ def main(argv: list[str]) -> int:
     folder = open_run_folder(config, options.resume)
 
     results = {}
-    if examples:
-        results["base"], _ = evaluate(model, tokenizer, examples, config.eval.batch_size)
+    how = (questions, scoring.batch_size, scoring.protocol)
+    if questions:
+        results["base"], _ = evaluate(model, tokenizer, *how)
     for run, dataset in zip(config.runs(), datasets, strict=True):
         fine_tune(model, config, run, dataset, folder / run.name, options.resume)
-        if examples:
-            results[run.name], _ = evaluate(model, tokenizer, examples, config.eval.batch_size)
+        if questions:
+            results[run.name], _ = evaluate(model, tokenizer, *how)
         mixlora.remove_adapter(model, run.name)
     report(config, folder, results)
     return 0
@@ -299,10 +297,18 @@ def open_run_folder(config: TrainConfig, resume: bool) -> Path:
 def report(config: TrainConfig, folder: Path, results: dict) -> None:
     """The table on the screen, results.json, and the picture."""
     described = {
-        name: {task: dataclasses.asdict(result) for task, result in by_task.items()}
-        for name, by_task in results.items()
+        "protocol": config.eval.protocol,
+        "batch_size": config.eval.batch_size,
+        "dtype": config.model.dtype,
+        "seed": config.run.seed,
+        **provenance(config.data.dir, config.eval.tasks),
+        "results": {
+            name: {task: dataclasses.asdict(result) for task, result in by_task.items()}
+            for name, by_task in results.items()
+        },
+        "averages": {name: averages(by_task) for name, by_task in results.items()},
     }
-    write_json(folder / "results.json", {"protocol": config.eval.protocol, "results": described})
+    write_json(folder / "results.json", described)
     if results:
         print(accuracy_table(results))
     if config.run.plot:

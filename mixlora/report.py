@@ -1,10 +1,20 @@
-"""What a person reads after a run: a table of accuracies, and one picture."""
+"""What is left of a run: a table of accuracies, the same as JSON with all that it depends on, and
+one picture."""
 
+import hashlib
 import json
+import math
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from mixlora.errors import InputError
 from mixlora.evaluation import TaskResult
+from mixlora.tasks import data_file
+
+MAX_COUNTS = 10  # answers in a line of the table; a task of numbers has hundreds
 
 
 def accuracy_table(results: dict[str, dict[str, TaskResult]]) -> str:
@@ -31,15 +41,71 @@ def accuracy_table(results: dict[str, dict[str, TaskResult]]) -> str:
     text = ["  ".join(map(str.ljust, line, widths)) for line in lines]
     text.append("predictions:")
     for name, by_task in results.items():
-        counts = [
-            f"{task} {' '.join(f'{label}:{n}' for label, n in by_task[task].predictions.items())}"
-            for task in tasks
-        ]
-        text.append(f"  {name}: {'; '.join(counts)}")
+        text.append(f"  {name}: {'; '.join(_counts(by_task[task]) for task in tasks)}")
     for task in tasks:
+        for name, by_task in results.items():
+            if by_task[task].strict_accuracy is not None:
+                strict = f"{100 * by_task[task].strict_accuracy:.1f}"
+                text.append(f"  {task}, {name}: {strict} where only training's form counts")
         if cut := next(iter(results.values()))[task].num_truncated:
-            text.append(f"  {task}: {cut} prompts lost their beginning to the model's length")
+            text.append(f"  {task}: {cut} prompts were too long and cut")
     return "\n".join(line.rstrip() for line in text)
+
+
+def _counts(result: TaskResult) -> str:
+    """ "arc-e A:5 B:2", with the answers that could not be read last."""
+    counts = [f"{label}:{n}" for label, n in result.predictions.items()]
+    if len(counts) > MAX_COUNTS:
+        commonest = sorted(result.predictions.items(), key=lambda item: -item[1])[:MAX_COUNTS]
+        counts = [*(f"{x}:{n}" for x, n in commonest), f"({len(counts) - MAX_COUNTS} more)"]
+    if result.num_unparsable:
+        counts.append(f"unparsable:{result.num_unparsable}")
+    return " ".join([result.task, *counts])
+
+
+def averages(results: dict[str, TaskResult]) -> dict[str, float]:
+    """Of one model's accuracies: over tasks, over all rows, and geometric over tasks."""
+    accuracies = [result.accuracy for result in results.values()]
+    rows = [result.num_rows for result in results.values()]
+    right = sum(n * accuracy for n, accuracy in zip(rows, accuracies, strict=True))
+    return {
+        "macro": sum(accuracies) / len(accuracies),
+        "weighted": right / sum(rows),
+        "geometric": math.prod(accuracies) ** (1 / len(accuracies)),
+    }
+
+
+def provenance(folder: str | Path, tasks: Sequence[str]) -> dict:
+    """Of the code, and of the file that holds each task's evaluated rows."""
+    packages = ("torch", "sentencepiece", "safetensors", "numpy")
+    return {
+        "code_commit": code_commit(Path(__file__)),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+        "data": {task: _revision(data_file(folder, task)) for task in tasks},
+    }
+
+
+def code_commit(file: Path) -> str:
+    """The git commit that `file` is of, "-dirty" where files differ from it, or "unknown"."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(file.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", file.name)  # else it lies in a repository not its own
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _revision(path: Path) -> dict:
+    digest, num_rows = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        for line in file:
+            digest.update(line)
+            num_rows += bool(line.strip())
+    return {"file": str(path), "sha256": digest.hexdigest(), "num_rows": num_rows}
 
 
 def require_matplotlib() -> None:
