@@ -238,7 +238,7 @@ def generate_text(
     max_new_tokens: int,
     stop: Sequence[str],
 ) -> list[str]:
-    """Greedy text after each prompt, before the first of the stop strings, EOS or a new BOS."""
+    """Greedy text after each prompt, before the first of the stop strings or EOS."""
     outputs: list[list[int]] = [[] for _ in prompts]
     longest = max((len(word.encode()) for word in stop), default=0)
 
@@ -247,7 +247,7 @@ def generate_text(
         tail = tokenizer.decode(outputs[row][-longest - 1 :])  # a token is a byte or more
         return any(word in tail for word in stop)
 
-    ends = [tokenizer.eos_id, tokenizer.bos_id]
+    ends = [tokenizer.eos_id]
     generate(model, prompts, max_new_tokens, stop_tokens=ends, on_token=has_stopped)
     texts = []
     for output in outputs:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from mixlora.evaluation import (
     summarize,
 )
 from mixlora.layers.adapted_model import AdaptedModel
+from mixlora.report import accuracy_table, averages, code_commit
 from mixlora.tasks import load_examples
 from mixlora.tasks.choice import Example
 from mixlora.tokenizer import Tokenizer
@@ -256,3 +258,48 @@ def test_the_table_says_how_many_prompts_were_cut(
     arguments = ["--base", str(checkpoint), "--data", str(tmp_path), "--tasks", "boolq"]
     assert evaluate.main(arguments) == 0
     assert "boolq: 2 prompts were too long" in capsys.readouterr().out
+
+
+def test_the_commit_is_of_the_file_and_says_whether_it_changed(tmp_path: Path) -> None:
+    file = tmp_path / "code.py"
+    file.write_text("1")
+    assert code_commit(file) == "unknown"
+
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=n", "-c", "user.email=e"]
+        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init")
+    assert code_commit(file) == "unknown"  # it lies in a repository, but is not of it
+    git("add", "code.py")
+    git("commit", "-m", "m")
+    commit = git("rev-parse", "HEAD")
+    assert code_commit(file) == commit
+    git("tag", "v1")
+    (tmp_path / "other").write_text("not of the repository")
+    assert code_commit(file) == commit
+    file.write_text("2")
+    assert code_commit(file) == f"{commit}-dirty"
+
+
+def test_averages_by_hand() -> None:
+    results = {
+        "a": summarize("a", make_rows("AB", "AA")),
+        "b": summarize("b", make_rows("AABBBBCC", "AABBBBCC")),
+    }
+    assert averages(results) == {
+        "macro": 0.75,
+        "weighted": 0.9,
+        "geometric": pytest.approx(math.sqrt(0.5)),
+    }
+
+
+def test_the_table_of_a_task_of_numbers_is_short() -> None:
+    result = summarize("gsm8k", make_rows("A" * 13, "ABCDEFGHIJKL?", "ABCDEFGHIJKL"))
+    result.strict_accuracy = 0.25
+    lines = accuracy_table({"base": {"gsm8k": result}}).splitlines()
+    assert (
+        lines[-2] == "  base: gsm8k A:1 B:1 C:1 D:1 E:1 F:1 G:1 H:1 I:1 J:1 (2 more) unparsable:1"
+    )
+    assert lines[-1] == "  gsm8k, base: 25.0 where only training's form counts"
