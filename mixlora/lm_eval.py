@@ -58,6 +58,11 @@ class HarnessModel(TemplateLM):
         """
         runs = []
         for _, context, continuation in requests:
+            if len(continuation) > self.max_length:
+                raise InputError(
+                    f"a continuation of {len(continuation)} tokens exceeds the model's "
+                    f"max_position_embeddings {self.max_length}"
+                )
             tokens = (context + continuation)[-self.max_length - 1 : -1]
             runs.append((tokens, len(tokens) - len(continuation)))
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(runs)
