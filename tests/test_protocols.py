@@ -12,10 +12,11 @@ import evaluate
 import models
 from mixlora import evaluation
 from mixlora.errors import InputError
-from mixlora.evaluation import PROTOCOLS, Row, generate_text, load_questions
+from mixlora.evaluation import PROTOCOLS, Row, generate_text, load_questions, score_last_tokens
 from mixlora.evaluation import evaluate as run_protocol
 from mixlora.layers.adapted_model import AdaptedModel
 from mixlora.tasks import TASKS
+from mixlora.tasks.choice import Example
 from mixlora.tokenizer import Tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
@@ -147,6 +148,16 @@ def test_mixlora_by_hand(model: AdaptedModel, tokenizer: Tokenizer, task_folder:
             assert row.log_probs[place] == pytest.approx(last[digit].item(), abs=1e-4)
             assert last[space] != last[digit]
     assert num_digits == 4
+
+
+def test_mixlora_looks_labels_up_after_a_space(
+    model: AdaptedModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which LLaMA-2's tokenizer adds by itself, and LLaMA-3's does not."""
+    asked, encode = [], tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text: (asked.append(text), encode(text))[1])
+    score_last_tokens(model, tokenizer, [Example("the cat", ("A", "1"), 0)], 1)
+    assert asked == ["the cat", " A", " 1"]
 
 
 def test_mixlora_fixed_by_hand(
@@ -374,3 +385,21 @@ def test_a_row_whose_answer_the_protocol_does_not_compare(protocol: str, tmp_pat
             load_questions(protocol, tmp_path, ["arc-e"])
     else:
         assert load_questions(protocol, tmp_path, ["arc-e"])["arc-e"][0].right == "answer2"
+
+
+def test_the_command_that_counts_digits(
+    checkpoint: Path, task_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """docs/evaluation.md makes its table with it."""
+    page = (Path(__file__).parents[1] / "docs/evaluation.md").read_text(encoding="utf-8")
+    evaluation_line, program = re.search(
+        r"```sh\npython evaluate.py (--base D/[^\n]+)\npython -c '([^']+)'\n```", page
+    ).groups()
+    here = {"D/models/stories260K": checkpoint, "D/tasks": task_folder, "P": "mixlora"}
+    here |= {"rows.jsonl": tmp_path / "rows.jsonl", "arc-e,arc-c": "arc-e,mine"}
+    assert evaluate.main([str(here.get(word, word)) for word in evaluation_line.split()]) == 0
+    capsys.readouterr()
+    program = program.replace("rows.jsonl", str(here["rows.jsonl"])).replace("arc-c", "mine")
+    exec(program, {})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[:3] for line in lines] == [["arc-e", "12", "4"], ["mine", "6", "2"]]

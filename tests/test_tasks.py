@@ -380,6 +380,8 @@ def test_a_folder_of_ones_own_is_like_a_known_task(tmp_path: Path) -> None:
     (tmp_path / "mine/test.jsonl").write_text(json.dumps(ROWS["winogrande"]))
     task = find_task(tmp_path, "mine")
     assert (task.name, task.split) == ("mine", "test")
+    known = TASKS["winogrande"]
+    assert (task.labels, task.llm_adapters) == (known.labels, known.llm_adapters)
     assert load_examples(tmp_path, "mine") == [
         example_of(TASKS["winogrande"], ROWS["winogrande"], "")
     ]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from mixlora.tasks.choice import LETTERS, text, texts
 
-Read = Callable[[str, tuple[str, ...]], str | None]
+FindAnswer = Callable[[str, tuple[str, ...]], str | None]
 
 
 class Generation(NamedTuple):
@@ -21,8 +21,8 @@ class Generation(NamedTuple):
 
     max_new_tokens: int
     stop: tuple[str, ...]  # the text ends before the first of these
-    read: Read
-    read_strictly: Read | None = None  # only where the answer stands in the form of training
+    read: FindAnswer
+    read_strictly: FindAnswer | None = None  # only where the answer stands in the form of training
 
 
 class Problem(NamedTuple):
