@@ -190,7 +190,7 @@ def score_last_tokens(
     rows = [_scored(example, []) for example in examples]
     for i, log_prob_PV in log_probs_after(model, runs, batch_size):
         label_tokens = [tokenizer.encode(f" {label}")[-1] for label in rows[i].labels]
-        rows[i].log_probs = log_prob_PV[-1, label_tokens].tolist()
+        rows[i].log_probs = log_prob_PV[0, label_tokens].tolist()
         rows[i].prediction = _likeliest(rows[i])
         rows[i].truncated = len(prompts[i]) > limit
         advance(1)

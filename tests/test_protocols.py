@@ -206,13 +206,14 @@ def test_llm_adapters_by_hand(model: AdaptedModel, tokenizer: Tokenizer, task_fo
         assert row.prediction == (min(found, key=row.generation.index) if found else None)
 
 
+QUESTIONS = [f"q{i} {'the ' * (6 - i)}" for i in range(1, 7)]  # the last is the shortest
 ROWS = {
-    "gsm8k": [{"question": f"q{i}", "answer": f"a\n#### {i},000"} for i in range(1, 7)],
+    "gsm8k": [{"question": q, "answer": f"a\n#### {q[1]},000"} for q in QUESTIONS],
     "aqua": [
-        {"question": f"q{i}", "options": ["A)1", "B)2", "C)3"], "rationale": "r", "correct": "C"}
-        for i in range(1, 7)
+        {"question": q, "options": ["A)1", "B)2", "C)3"], "rationale": "r", "correct": "C"}
+        for q in QUESTIONS
     ],
-    "boolq": [{"question": f"q{i}", "answer": i % 2 == 0} for i in range(1, 7)],
+    "boolq": [{"question": q, "answer": int(q[1]) % 2 == 0} for q in QUESTIONS],
 }
 # task: (protocol, what the model says to each row, the predictions, accuracy, strict accuracy)
 SAID = {
@@ -284,6 +285,9 @@ def test_text_ends_before_a_stop_string(model: AdaptedModel, tokenizer: Tokenize
                 (cut,) = generate_text(model, tokenizer, [prompt], 24, ["never", stop])
                 assert cut == text[: text.index(stop)]
                 assert start > 6 or len(calls) < 24
+                if length > 1:  # the first of two that are complete at once
+                    (cut,) = generate_text(model, tokenizer, [prompt], 24, [stop[1:], stop])
+                    assert cut == text[: min(text.index(stop), text.index(stop[1:]))]
     counted.undo()
 
 
