@@ -278,8 +278,8 @@ def test_text_ends_before_a_stop_string(model: AdaptedModel, tokenizer: Tokenize
         type(model), "forward", lambda self, *a, **k: (calls.append(1), forward(self, *a, **k))[1]
     )
     for text, prompt in zip(whole, prompts, strict=True):
-        for length in (1, 2, 3, 5):
-            for start in range(1, 12):
+        for length in (1, 2, 5):
+            for start in range(1, 10, 2):
                 stop = text[start : start + length]
                 calls.clear()
                 (cut,) = generate_text(model, tokenizer, [prompt], 24, ["never", stop])

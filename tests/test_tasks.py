@@ -149,6 +149,7 @@ def test_gsm8k_is_answered_in_full() -> None:
     assert problem.prompt == "Question: What is 2 + 3?\nAnswer:"
     assert problem.answer == " 2 + 3 = <<2+3=5>>5\n#### 1,005.0"
     assert (problem.right, problem.labels) == ("1005", ())
+    assert problem.generation[:2] == (448, ("Question:",))
 
 
 def test_aqua_is_answered_in_full() -> None:
@@ -156,6 +157,7 @@ def test_aqua_is_answered_in_full() -> None:
     assert problem.prompt == "Question: What is 2 + 3?\nOptions: (A) 4 (B) 5\nAnswer:"
     assert problem.answer == " 2 + 3 = 5\nThe answer is B."
     assert (problem.right, problem.labels) == ("B", ("A", "B"))
+    assert problem.generation[:2] == (384, ("Question:",))
 
 
 def test_pubmedqa_shows_the_long_answer_in_training_alone(tmp_path: Path) -> None:
@@ -277,7 +279,8 @@ def test_prompts_of_llm_adapters(task: str) -> None:
     problem = example_of(TASKS[task], ROWS[task], "here", TASKS[task].llm_adapters)
     assert problem.prompt == WRAPPED.replace("{}", instruction)
     assert (problem.right, problem.answer) == (right, f"the correct answer is {right}")
-    assert right in problem.labels and problem.generation.max_new_tokens == 32
+    assert right in problem.labels
+    assert problem.generation[:2] == (32, ("### Response:",))
     read = problem.generation.read
     assert read(f"  the correct answer is {right}", problem.labels) == right
     assert read("None of them, I think.", problem.labels) is None
