@@ -278,7 +278,7 @@ def test_the_commit_is_of_the_file_and_says_whether_it_changed(tmp_path: Path) -
     assert code_commit(file) == commit
     git("tag", "v1")
     (tmp_path / "other").write_text("not of the repository")
-    assert code_commit(file) == commit
+    assert (code_commit(file), code_commit(tmp_path / "other")) == (commit, "unknown")
     file.write_text("2")
     assert code_commit(file) == f"{commit}-dirty"
 
