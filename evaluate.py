@@ -1,4 +1,4 @@
-"""Accuracy of a base model, with or without an adapter, on multiple-choice tasks.
+"""Accuracy of a base model, with or without an adapter, on tasks (docs/evaluation.md).
 
 python evaluate.py --base DIR [--adapter DIR] --tasks arc-e,boolq [--data DIR]
                    [--protocol mixlora-fixed] [--output results.json] [--rows rows.jsonl]
@@ -14,21 +14,21 @@ import torch
 import mixlora
 import models
 from mixlora.errors import ArgumentParser, InputError, command
-from mixlora.evaluation import PROTOCOLS, Row, evaluate
+from mixlora.evaluation import PROTOCOLS, Row, evaluate, load_questions
 from mixlora.files import write_bytes, write_json
-from mixlora.report import accuracy_table
-from mixlora.tasks import load_examples
+from mixlora.report import accuracy_table, averages, provenance
+from mixlora.tasks import data_file
 from mixlora.tokenizer import Tokenizer
 
 
 @command
 def main(argv: list[str]) -> int:
-    parser = ArgumentParser(description="Accuracy of a model on multiple-choice tasks.")
+    parser = ArgumentParser(description="Accuracy of a model on tasks.")
     parser.add_argument("--base", required=True, help="checkpoint folder of the base model")
     parser.add_argument("--adapter", help="adapter folder; without it the base model is scored")
     parser.add_argument("--tasks", required=True, help="names with commas: arc-e,boolq")
     parser.add_argument("--data", default="data", help="folder of <task>/<split>.jsonl")
-    parser.add_argument("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0])
+    parser.add_argument("--protocol", default="mixlora-fixed", help=", ".join(PROTOCOLS))
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-rows", type=int, help="of each task, from its beginning")
     parser.add_argument("--output", help="write the results here, as JSON")
@@ -45,41 +45,33 @@ def main(argv: list[str]) -> int:
         if Path(path).is_dir():
             raise InputError(f"{path} is a folder")
 
-    examples = {
-        task: load_examples(options.data, task)[: options.max_rows]
-        for task in options.tasks.split(",")
-    }
+    tasks = options.tasks.split(",")
+    questions = load_questions(options.protocol, options.data, tasks, options.max_rows)
     model = models.load(options.base, getattr(torch, options.dtype), options.device)
     tokenizer = Tokenizer(options.base, model.config.vocab_size)
     if options.adapter:
         mixlora.load_adapter(model, options.adapter)
 
-    results, rows = evaluate(model, tokenizer, examples, options.batch_size)
-    name = options.adapter or options.base
-    print(accuracy_table({name: results}))
+    results, rows = evaluate(model, tokenizer, questions, options.batch_size, options.protocol)
+    print(accuracy_table({options.adapter or options.base: results}))
     if options.rows:
-        lines = [
-            json.dumps({"task": task, **describe(row)}, ensure_ascii=False)
-            for task in rows
-            for row in rows[task]
-        ]
+        lines = [line(task, row) for task in rows for row in rows[task]]
         write_bytes(options.rows, ("\n".join(lines) + "\n").encode())
     if options.output:
+        keys = ("protocol", "base", "adapter", "dtype", "batch_size")
+        settings = {key: getattr(options, key) for key in keys}
+        files = {task: data_file(options.data, task) for task in tasks}
+        settings |= {"seed": None, **provenance(files)}  # nothing is drawn at random
         described = {task: dataclasses.asdict(result) for task, result in results.items()}
-        settings = {key: getattr(options, key) for key in ("protocol", "base", "adapter", "dtype")}
-        write_json(options.output, {**settings, "tasks": described})
+        average = averages(results)
+        write_json(options.output, {**settings, "tasks": described, "average": average})
     return 0
 
 
-def describe(row: Row) -> dict:
-    labels = row.example.labels
-    return {
-        "prompt": row.example.prompt,
-        "labels": labels,
-        "log_probs": row.log_probs,
-        "prediction": labels[row.prediction],
-        "gold": labels[row.example.gold],
-    }
+def line(task: str, row: Row) -> str:
+    """A row as JSON: of log_probs, generation and strictly_right what the protocol has."""
+    values = {k: v for k, v in vars(row).items() if v is not None or k == "prediction"}
+    return json.dumps({"task": task, **values}, ensure_ascii=False)
 
 
 if __name__ == "__main__":

@@ -22,19 +22,27 @@ import torch
 import mixlora
 import models
 from mixlora import config as configs
+from mixlora import mlora_config
 from mixlora.adapter_config import AdapterConfig
 from mixlora.adapter_files import read_tensors
 from mixlora.adapters import PARTS, freeze_but, trained_parameters
 from mixlora.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from mixlora.data import DataConfig, Dataset, Order, collate, load_dataset
 from mixlora.errors import ArgumentParser, InputError, command
-from mixlora.evaluation import PROTOCOLS, evaluate
+from mixlora.evaluation import PROTOCOLS, evaluate, load_questions
 from mixlora.files import write_bytes, write_json
 from mixlora.layers.adapted_model import AdaptedModel
 from mixlora.metrics import MetricsLog, Progress, routing_metrics
 from mixlora.optim import OptimConfig, lr_at, make_optimizer, set_lr
-from mixlora.report import accuracy_table, plot_run, require_matplotlib
-from mixlora.tasks import load_examples
+from mixlora.report import (
+    accuracy_table,
+    averages,
+    one_column,
+    plot_run,
+    provenance,
+    require_matplotlib,
+)
+from mixlora.tasks import data_file
 from mixlora.tokenizer import Tokenizer
 
 
@@ -69,7 +77,7 @@ class LoopConfig:
 @dataclass
 class EvalConfig:
     tasks: list[str] = field(default_factory=list)  # before and after training; [] = none
-    protocol: Literal[PROTOCOLS] = PROTOCOLS[0]
+    protocol: Literal[tuple(PROTOCOLS)] = "mixlora-fixed"
     batch_size: int = 32
     max_rows: int | None = None  # of each task, from its beginning; None = all
 
@@ -105,9 +113,10 @@ class AdapterRun:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
 
 
-INHERITED = ("adapter", "data", "optim", "train")
+INHERITED = ("adapter", "data", "optim", "train", "eval")
 
 
 @dataclass
@@ -126,6 +135,9 @@ class TrainConfig:
         names = [run.name for run in self.adapters]
         if len(set(names)) < len(names):
             raise InputError(f"adapters must have names of their own, got {', '.join(names)}")
+        protocols = sorted({run.eval.protocol for run in self.adapters})
+        if len(protocols) > 1:
+            raise InputError(f"adapters must share eval.protocol, got {', '.join(protocols)}")
 
     def runs(self) -> list[AdapterRun]:
         own = {key: getattr(self, key) for key in INHERITED}
@@ -145,7 +157,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--resume", action="store_true", help="go on with the run in run.dir")
     parser.add_argument("--print-config", action="store_true", help="print all settings and stop")
     options = parser.parse_intermixed_args(argv)
-    config = configs.load(TrainConfig, options.config, options.overrides)
+    config = configs.load(TrainConfig, options.config, options.overrides, mlora_config.translate)
     if options.print_config:
         print(configs.to_yaml(config), end="")
         return 0
@@ -154,10 +166,10 @@ def main(argv: list[str]) -> int:
     if config.run.plot:
         require_matplotlib()
     torch.manual_seed(config.run.seed)
-    examples = {
-        task: load_examples(config.data.dir, task)[: config.eval.max_rows]
-        for task in config.eval.tasks
-    }
+    questions = [
+        load_questions(r.eval.protocol, r.data.dir, r.eval.tasks, r.eval.max_rows)
+        for r in config.runs()
+    ]
     device = device_of(config.model)
     model = models.load(config.model.base, getattr(torch, config.model.dtype), device)
     tokenizer = Tokenizer(config.model.base, model.config.vocab_size)
@@ -172,16 +184,22 @@ def main(argv: list[str]) -> int:
             )
     folder = open_run_folder(config, options.resume)
 
-    results = {}
-    if examples:
-        results["base"], _ = evaluate(model, tokenizer, examples, config.eval.batch_size)
-    for run, dataset in zip(config.runs(), datasets, strict=True):
+    results: dict[str, dict] = {"base": {}}
+    for run, asked in zip(config.runs(), questions, strict=True):
+        new = {task: rows for task, rows in asked.items() if task not in results["base"]}
+        results["base"] |= score(model, tokenizer, new, run.eval)
+    for run, dataset, asked in zip(config.runs(), datasets, questions, strict=True):
         fine_tune(model, config, run, dataset, folder / run.name, options.resume)
-        if examples:
-            results[run.name], _ = evaluate(model, tokenizer, examples, config.eval.batch_size)
+        results[run.name] = score(model, tokenizer, asked, run.eval)
         mixlora.remove_adapter(model, run.name)
     report(config, folder, results)
     return 0
+
+
+def score(model: AdaptedModel, tokenizer: Tokenizer, questions: dict, how: EvalConfig) -> dict:
+    if not questions:
+        return {}
+    return evaluate(model, tokenizer, questions, how.batch_size, how.protocol)[0]
 
 
 def fine_tune(
@@ -316,16 +334,28 @@ def open_run_folder(config: TrainConfig, resume: bool) -> Path:
 
 def report(config: TrainConfig, folder: Path, results: dict) -> None:
     """The table on the screen, results.json, and the picture."""
+    runs = config.runs()
+    results = {name: by_task for name, by_task in results.items() if by_task}
+    files = {task: data_file(run.data.dir, task) for run in runs for task in run.eval.tasks}
     described = {
-        name: {task: dataclasses.asdict(result) for task, result in by_task.items()}
-        for name, by_task in results.items()
+        "protocol": runs[0].eval.protocol,
+        "batch_size": runs[0].eval.batch_size,
+        "dtype": config.model.dtype,
+        "seed": config.run.seed,
+        **provenance(files),
+        "results": {
+            name: {task: dataclasses.asdict(result) for task, result in by_task.items()}
+            for name, by_task in results.items()
+        },
+        "averages": {name: averages(by_task) for name, by_task in results.items()},
     }
-    write_json(folder / "results.json", {"protocol": config.eval.protocol, "results": described})
+    write_json(folder / "results.json", described)
+    shown = one_column(results)
     if results:
-        print(accuracy_table(results))
+        print(accuracy_table(shown))
     if config.run.plot:
-        metrics = {run.name: folder / run.name / "metrics.jsonl" for run in config.runs()}
-        plot_run(folder / "summary.png", metrics, results)
+        metrics = {run.name: folder / run.name / "metrics.jsonl" for run in runs}
+        plot_run(folder / "summary.png", metrics, shown)
     print(f"the run is in {folder}")
 
 

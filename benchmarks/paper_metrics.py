@@ -1,15 +1,15 @@
-"""The efficiency measurement of the MixLoRA paper (arXiv 2404.15159, tables 6 and 7), for any config.
+"""The efficiency measurement of the MixLoRA paper (arXiv 2404.15159, tables 6, 7), for any config.
 
     python -m benchmarks.paper_metrics configs/paper/lora.yaml configs/paper/mixlora.yaml
            [--tokens 512] [--rows 8] [--runs 10] [a.b=value ...]
 
 Per token, as the paper: the time of a forward and of a backward pass in training, of a forward in
 inference, and the peak memory of each; mean and standard deviation over the runs. Then two adapters
-of the kind on one base, each with half of the rows, memory per adapter. All configs share a base and
-take turns run by run, so that a machine that slows down slows all; the percentages are of the first.
-Time is that of CUDA events on a GPU and of the wall clock on a CPU; memory is what torch allocated
-at most on a GPU, and the resident memory of the process at its highest (VmHWM) on a CPU, base
-included in both. Attention, loss and logits are part of the step; the optimizer is not.
+of the kind on one base, each with half of the rows, memory per adapter. All configs share a base
+and take turns run by run, so that a machine that slows down slows all; percentages are of the
+first. Time is that of CUDA events on a GPU and of the wall clock on a CPU; memory is what torch
+allocated at most on a GPU, and the resident memory of the process at its highest (VmHWM) on a CPU,
+base included in both. Attention, loss and logits are part of the step; the optimizer is not.
 """
 
 import sys

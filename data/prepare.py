@@ -19,8 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's
 
 from mixlora.errors import ArgumentParser, InputError, command, did_you_mean  # noqa: E402
 from mixlora.files import write_bytes  # noqa: E402
-from mixlora.tasks import TASKS, Task, example_of, parse_row  # noqa: E402
-from mixlora.tasks.choice import LETTERS, Example, text, texts  # noqa: E402
+from mixlora.tasks import TASKS, example_of, parse_row  # noqa: E402
 
 SPLITS = ("train", "validation", "test")
 PUBLIC = ("train", "validation")  # where the answers of the test split are hidden
@@ -29,7 +28,7 @@ PARQUET_BRANCH = "refs/convert/parquet"  # the hub's own conversion: <config>/<s
 
 class Source(NamedTuple):
     hub: str  # a dataset that needs no loading script
-    config: str | None  # None: it has but one
+    config: str | dict[str, str] | None  # None: it has but one; a dict: of splits, their folders
     splits: tuple[str, ...]
     columns: str  # what is kept of a row, where it is there, in this order
 
@@ -54,6 +53,13 @@ SOURCES = {
         "winogrande_debiased",  # MixLoRA's training set
         PUBLIC,
         "qID sentence option1 option2 answer",
+    ),
+    "csqa": Source("tau/commonsense_qa", None, PUBLIC, "id question choices answerKey"),
+    "pubmedqa": Source(
+        "qiaojin/PubMedQA",
+        {"train": "pqa_artificial/train", "test": "pqa_labeled/train"},
+        ("train", "test"),
+        "pubid question context long_answer final_decision",
     ),
     "gsm8k": Source("openai/gsm8k", "main", ("train", "test"), "question answer"),
     "aqua": Source("deepmind/aqua_rat", "raw", SPLITS, "question options rationale correct"),
@@ -93,7 +99,7 @@ def convert(task: str, path: Path) -> Iterator[str]:
     for row, where in read_rows(path):
         if isinstance(row, dict):
             row = {key: row[key] for key in SOURCES[task].columns.split() if key in row}
-        example_of(CHECKS[task], row, where)
+        example_of(TASKS[task], row, where, TASKS[task].train_example)
         yield json.dumps(row) + "\n"
 
 
@@ -139,7 +145,9 @@ def download(task: str, split: str) -> list[Path]:
             "without --input the rows come from the hub: pip install huggingface_hub pyarrow"
         ) from None
     place = {"repo_type": "dataset", "revision": PARQUET_BRANCH}
-    pattern = rf"{source.config or '[^/]+'}/{split}/\d+\.parquet"
+    config = source.config
+    folder = config[split] if isinstance(config, dict) else f"{config or '[^/]+'}/{split}"
+    pattern = rf"{folder}/\d+\.parquet"
     try:
         files = huggingface_hub.list_repo_files(source.hub, **place)
         names = sorted(name for name in files if re.fullmatch(pattern, name))
@@ -151,25 +159,6 @@ def download(task: str, split: str) -> list[Path]:
         raise InputError(f"{source.hub}: one folder must hold the split {split}, found {found}")
     return [Path(path) for path in paths]
 
-
-def gsm8k(row: dict) -> Example:
-    question, answer = text(row, "question"), text(row, "answer")
-    if not re.search(r"#### \S+\s*$", answer):
-        raise ValueError("answer must end in '#### ' and a number")
-    return Example(question, (answer.rpartition("#### ")[2],), 0)
-
-
-def aqua(row: dict) -> Example:
-    question, options, correct = text(row, "question"), texts(row, "options"), text(row, "correct")
-    text(row, "rationale")
-    labels = tuple(LETTERS[: len(options)])  # an option is written "A)32400"
-    if correct not in labels:
-        raise ValueError(f"correct must be one of {', '.join(labels)}, got {correct!r}")
-    return Example(question, labels, labels.index(correct))
-
-
-# The two that are answered by generation have no prompt of ours yet: their keys are checked.
-CHECKS = {**TASKS, "gsm8k": Task("gsm8k", gsm8k, "test"), "aqua": Task("aqua", aqua, "test")}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -34,13 +34,14 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     stop_tokens: Sequence[int] = (),
-    on_token: Callable[[int, int], None] = lambda row, token: None,
+    on_token: Callable[[int, int], bool | None] = lambda row, token: None,
     adapters: Sequence[str | None] | None = None,
 ) -> list[list[int]]:
     """New tokens of each prompt, in order, up to and without a stop token.
 
     Every row draws from a generator of its own, seeded by `sampling.seed` and its place: what a
-    row samples does not depend on its company. `on_token(row, token)` hears of each as it comes.
+    row samples does not depend on its company. `on_token(row, token)` hears of each as it comes; a
+    row for which it says True ends with that token.
     """
     sampling = sampling or Sampling()
     if not prompts or not all(prompts):
@@ -76,7 +77,7 @@ def generate(
                 running[b] = running[b] and token not in stop_tokens
                 if running[b]:
                     outputs[b].append(token)
-                    on_token(b, token)
+                    running[b] = not on_token(b, token)
             if not any(running) or step + 1 == max_new_tokens:
                 break
             tokens_BS = new_B[:, None]

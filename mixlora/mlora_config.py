@@ -4,9 +4,10 @@
 
     python train.py --config theirs.json model.base=DIR data.dir=DIR run.dir=DIR
 
-They name neither the base model nor a folder, and come with the ways of the published training: loss
-on prompt and padding too, no EOS, the tail of a long text cut, one shuffle, no clipping, and the
-published evaluation. Adapters are trained one after another, so how many share a batch says nothing.
+They name neither the base model nor a folder, and come with the ways of the published training:
+loss on prompt and padding too, no EOS, the tail of a long text cut, one shuffle, no clipping, and
+the published evaluation. Adapters are trained one after another: how many share a batch is no
+matter.
 """
 
 from mixlora.adapter_config import LEGACY_STRATEGIES, LEGACY_TARGETS

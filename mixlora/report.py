@@ -1,16 +1,24 @@
-"""What a person reads after a run: a table of accuracies, and one picture."""
+"""What is left of a run: a table of accuracies, the same as JSON with all that it depends on, and
+one picture."""
 
+import hashlib
 import json
+import math
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 from mixlora.errors import InputError
 from mixlora.evaluation import TaskResult
 
+MAX_COUNTS = 10  # answers in a line of the table; a task of numbers has hundreds
+
 
 def accuracy_table(results: dict[str, dict[str, TaskResult]]) -> str:
-    """One line per task: rows, majority rate, and each model's accuracy with standard error, in %.
-
-    Under it, for each model, how often it gave each label.
+    """One line per task of the first model: rows, majority rate, and each model's accuracy with
+    standard error, in %. Under it, for each model, how often it gave each label.
     """
     tasks = list(next(iter(results.values())))
     columns = ["task", "rows", "majority", *results]
@@ -18,12 +26,13 @@ def accuracy_table(results: dict[str, dict[str, TaskResult]]) -> str:
     for task in tasks:
         first = next(iter(results.values()))[task]
         accuracies = [
-            f"{100 * r[task].accuracy:.1f} ± {100 * r[task].stderr:.1f}" for r in results.values()
+            f"{100 * r[task].accuracy:.1f} ± {100 * r[task].stderr:.1f}" if task in r else "-"
+            for r in results.values()
         ]
         lines.append([task, str(first.num_rows), f"{100 * first.majority:.1f}", *accuracies])
     if len(tasks) > 1:
         means = [
-            f"{100 * sum(r[task].accuracy for task in tasks) / len(tasks):.1f}"
+            f"{100 * averages(r)['macro']:.1f}" if len(r) == len(tasks) else "-"
             for r in results.values()
         ]
         lines.append(["average", "", "", *means])
@@ -31,15 +40,80 @@ def accuracy_table(results: dict[str, dict[str, TaskResult]]) -> str:
     text = ["  ".join(map(str.ljust, line, widths)) for line in lines]
     text.append("predictions:")
     for name, by_task in results.items():
-        counts = [
-            f"{task} {' '.join(f'{label}:{n}' for label, n in by_task[task].predictions.items())}"
-            for task in tasks
-        ]
-        text.append(f"  {name}: {'; '.join(counts)}")
+        text.append(f"  {name}: {'; '.join(map(_counts, by_task.values()))}")
     for task in tasks:
+        for name, by_task in results.items():
+            if task in by_task and by_task[task].strict_accuracy is not None:
+                strict = f"{100 * by_task[task].strict_accuracy:.1f}"
+                text.append(f"  {task}, {name}: {strict} where only training's form counts")
         if cut := next(iter(results.values()))[task].num_truncated:
-            text.append(f"  {task}: {cut} prompts lost their beginning to the model's length")
+            text.append(f"  {task}: {cut} prompts were too long and cut")
     return "\n".join(line.rstrip() for line in text)
+
+
+def one_column(results: dict[str, dict[str, TaskResult]]) -> dict[str, dict[str, TaskResult]]:
+    """The base and, where no two adapters were scored on the same task, all adapters as one."""
+    adapters = [by_task for name, by_task in results.items() if name != "base"]
+    joined = {task: result for by_task in adapters for task, result in by_task.items()}
+    if len(adapters) < 2 or len(joined) < sum(map(len, adapters)):
+        return results
+    return {"base": results["base"], "adapters": joined}
+
+
+def _counts(result: TaskResult) -> str:
+    """ "arc-e A:5 B:2", with the answers that could not be read last."""
+    counts = [f"{label}:{n}" for label, n in result.predictions.items()]
+    if len(counts) > MAX_COUNTS:
+        commonest = sorted(result.predictions.items(), key=lambda item: -item[1])[:MAX_COUNTS]
+        counts = [*(f"{x}:{n}" for x, n in commonest), f"({len(counts) - MAX_COUNTS} more)"]
+    if result.num_unparsable:
+        counts.append(f"unparsable:{result.num_unparsable}")
+    return " ".join([result.task, *counts])
+
+
+def averages(results: dict[str, TaskResult]) -> dict[str, float]:
+    """Of one model's accuracies: over tasks, over all rows, and geometric over tasks."""
+    accuracies = [result.accuracy for result in results.values()]
+    rows = [result.num_rows for result in results.values()]
+    right = sum(n * accuracy for n, accuracy in zip(rows, accuracies, strict=True))
+    return {
+        "macro": sum(accuracies) / len(accuracies),
+        "weighted": right / sum(rows),
+        "geometric": math.prod(accuracies) ** (1 / len(accuracies)),
+    }
+
+
+def provenance(files: Mapping[str, Path]) -> dict:
+    """Of the code, and of the file that holds each task's evaluated rows."""
+    packages = ("torch", "sentencepiece", "safetensors", "numpy")
+    return {
+        "code_commit": code_commit(Path(__file__)),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+        "data": {task: _revision(file) for task, file in files.items()},
+    }
+
+
+def code_commit(file: Path) -> str:
+    """The git commit that `file` is of, "-dirty" where files differ from it, or "unknown"."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(file.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", file.name)  # else it lies in a repository not its own
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _revision(path: Path) -> dict:
+    digest, num_rows = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        for line in file:
+            digest.update(line)
+            num_rows += bool(line.strip())
+    return {"file": str(path), "sha256": digest.hexdigest(), "num_rows": num_rows}
 
 
 def require_matplotlib() -> None:
@@ -82,9 +156,10 @@ def plot_run(
         width = 0.8 / len(results)
         tasks = list(next(iter(results.values())))
         for i, (name, by_task) in enumerate(results.items()):
-            places = [x + i * width for x in range(len(tasks))]
-            heights = [100 * by_task[task].accuracy for task in tasks]
-            errors = [100 * by_task[task].stderr for task in tasks]
+            scored = [task for task in tasks if task in by_task]
+            places = [tasks.index(task) + i * width for task in scored]
+            heights = [100 * by_task[task].accuracy for task in scored]
+            errors = [100 * by_task[task].stderr for task in scored]
             axis.bar(places, heights, width, yerr=errors, label=name, align="edge", capsize=2)
         for x, task in enumerate(tasks):
             majority = 100 * next(iter(results.values()))[task].majority

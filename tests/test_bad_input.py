@@ -139,6 +139,12 @@ CONFIGS: dict[str, Case] = {
     "unknown section": config(
         "optim:", "optimizer:", "config.yaml:11: unknown key 'optimizer' (did you mean 'optim'?)"
     ),
+    "unknown protocol": config(
+        "run:",
+        "eval:\n  protocol: mixlora-fix\nrun:",
+        "config.yaml:18: eval.protocol must be mixlora-fixed or mixlora or llm-adapters, "
+        "got 'mixlora-fix'",
+    ),
     "text for a number": config(
         "lr: 1e-3", "lr: fast", "config.yaml:12: optim.lr must be a finite number, got 'fast'"
     ),
@@ -455,6 +461,16 @@ ROWS: dict[str, Case] = {
         lambda place: place.evaluate(tasks="mine"),
         ("mine/task.json:1: not JSON",),
     ),
+    "a task of another schema": (
+        lambda place: write_rows(place.tasks / "gsm8k/test.jsonl", ARC_ROWS),
+        lambda place: place.evaluate(tasks="gsm8k"),
+        ("gsm8k/test.jsonl:1: the row has no key 'answer' (schema of gsm8k)",),
+    ),
+    "under another protocol": (
+        lambda place: write_rows(place.tasks / "arc-e/test.jsonl", [*ARC_ROWS, {"id": "x"}]),
+        lambda place: place.evaluate("--protocol", "llm-adapters"),
+        ("arc-e/test.jsonl:13: the row has no key 'question'",),
+    ),
     "in the evaluated split": (
         lambda place: write_rows(place.tasks / "arc-e/test.jsonl", [*ARC_ROWS, {"id": "x"}]),
         lambda place: place.train("eval.tasks=[arc-e]"),
@@ -614,7 +630,20 @@ COMMANDS: dict[str, Case] = {
         words=("unknown task 'bool' (did you mean 'boolq'?)", "task.json"),
     ),
     "no task": evaluate_case(tasks="", words=("unknown task ''",)),
-    "unknown protocol": evaluate_case("--protocol", "lm", words=("--protocol", "mixlora-fixed")),
+    "unknown protocol": evaluate_case(
+        "--protocol",
+        "mixlora-fix",
+        words=("unknown protocol 'mixlora-fix' (did you mean 'mixlora-fixed'?)",),
+    ),
+    "a protocol that compares labels, a task without": evaluate_case(
+        "--protocol",
+        "mixlora",
+        tasks="gsm8k",
+        words=("protocol mixlora", "gsm8k", "arc-e", "pubmedqa"),
+    ),
+    "a protocol without a prompt for the task": evaluate_case(
+        "--protocol", "llm-adapters", tasks="csqa", words=("protocol llm-adapters", "csqa", "piqa")
+    ),
     "batch size 0": evaluate_case("--batch-size", "0", words=("--batch-size must be >= 1",)),
     "no folder for the output": evaluate_case(
         "--output", "no/x.json", words=("no/x.json", "folder")

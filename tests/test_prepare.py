@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mixlora.tasks import TASKS, load_examples
+from mixlora.tasks import TASKS, example_of, load_examples
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared/data/tasks"
@@ -55,7 +55,16 @@ ROWS = {
         "x": "y",
     },
 }
-FOREIGN = {"extra", "fact1", "idx", "i", "x"}
+ROWS["csqa"] = {**ROWS["arc-e"], "question_concept": "heat"}
+ROWS["pubmedqa"] = {
+    "pubid": 1,
+    "question": "Does it work?",
+    "context": {"contexts": ["We tried."], "labels": ["AIM"]},
+    "long_answer": "Yes.",
+    "final_decision": "yes",
+    "x": "y",
+}
+FOREIGN = {"extra", "question_concept", "fact1", "idx", "i", "x"}
 
 
 def rows_of(task: str) -> list[dict]:
@@ -106,13 +115,12 @@ def test_the_columns_of_the_schema_are_kept(
     foreign = FOREIGN | ({"split"} if task == "siqa" else set())
     assert read(path) == [{k: v for k, v in row.items() if k not in foreign} for row in rows]
     assert read(path)[0].keys() < rows[0].keys()
-    if task in TASKS:
-        assert len(load_examples(tmp_path, task, "train")) == 2
+    assert len(load_examples(tmp_path, task, "train")) == 2
     assert list((tmp_path / task).iterdir()) == [path]
 
 
 def test_every_task_is_tried() -> None:
-    assert ROWS.keys() == prepare.SOURCES.keys() == prepare.CHECKS.keys() >= TASKS.keys()
+    assert ROWS.keys() == prepare.SOURCES.keys() == TASKS.keys()
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data")
@@ -148,6 +156,7 @@ def test_several_files_follow_each_other(tmp_path: Path) -> None:
         ("gsm8k", {"question": None}, "question must be text, got None"),
         ("aqua", {"correct": "C"}, "not a row of aqua: correct must be one of A, B, got 'C'"),
         ("aqua", {"rationale": 3}, "rationale must be text, got 3"),
+        ("pubmedqa", {"long_answer": None}, "long_answer must be text, got None"),
     ],
 )
 @pytest.mark.parametrize("kind, place", [("json", ": row 3: "), ("jsonl", ":3: ")])
@@ -294,6 +303,19 @@ def test_from_the_hub_every_split_with_public_answers(
     assert capsys.readouterr().out == f"{files[0]}: 4 rows\n{files[1]}: 2 rows\n"
 
 
+def test_from_the_hub_a_dataset_whose_splits_are_configs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    for config, answer in (("artificial", "no"), ("labeled", "maybe"), ("unlabeled", "yes")):
+        row = {**ROWS["pubmedqa"], "final_decision": answer}
+        write(hub.folder / f"pqa_{config}/train/0000.parquet", [row])
+    assert run("--task", "pubmedqa", "--out", tmp_path) == 0
+    (train,), (test,) = (read(tmp_path / f"pubmedqa/{split}.jsonl") for split in ("train", "test"))
+    assert (train["final_decision"], test["final_decision"]) == ("no", "maybe")
+
+
 def test_from_the_hub_a_dataset_whose_config_is_not_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -344,7 +366,7 @@ def test_the_example_rows_of_the_readme_are_rows(tmp_path: Path) -> None:
     tasks = {task: json.loads(row) for names, row in found for task in names.split(", ")}
     assert tasks.keys() == prepare.SOURCES.keys()
     for task, row in tasks.items():
-        prepare.example_of(prepare.CHECKS[task], row, "data/README.md")
+        example_of(TASKS[task], row, "data/README.md")
         assert row.keys() <= set(prepare.SOURCES[task].columns.split())
         split = re.search(rf"\b{task}\b.* \| (\w+) \| `", text)[1]
-        assert prepare.CHECKS[task].split == split
+        assert TASKS[task].split == split

@@ -70,8 +70,14 @@ def test_a_run_leaves_what_it_says(settings: dict, tmp_path: Path, capsys) -> No
         assert 0 < step["router_loss"] < 0.01
     saved = sorted(path.name for path in (folder / "default" / "checkpoints").iterdir())
     assert saved == ["step-000004", "step-000006"]
-    results = json.loads((folder / "results.json").read_text())["results"]
-    assert results.keys() == {"base", "default"}
+    written = json.loads((folder / "results.json").read_text())
+    results = written["results"]
+    assert results.keys() == written["averages"].keys() == {"base", "default"}
+    settled = {key: written[key] for key in ("protocol", "dtype", "seed", "batch_size")}
+    expected = {"protocol": "mixlora-fixed", "dtype": "float32", "seed": 0, "batch_size": 32}
+    assert settled == expected
+    assert written["data"].keys() == {"arc-e", "mine"}
+    assert written["data"]["mine"]["num_rows"] == results["base"]["mine"]["num_rows"] == 6
     assert (folder / "summary.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     for task in ("arc-e", "mine"):

@@ -14,11 +14,17 @@ class Example(NamedTuple):
     gold: int  # index into labels
 
     @property
+    def right(self) -> str:
+        return self.labels[self.gold]
+
+    @property
     def answer(self) -> str:
-        return " " + self.labels[self.gold]
+        """What follows the prompt in training."""
+        return " " + self.right
 
 
 def arc(row: dict) -> Example:
+    """Also of CommonsenseQA, whose rows have the same columns."""
     return _question(text(row, "question"), row["choices"], row["answerKey"])
 
 
@@ -72,6 +78,15 @@ def winogrande(row: dict) -> Example:
     return _lettered(prompt, 2, _number(row, "answer") - 1)
 
 
+def pubmedqa(row: dict) -> Example:
+    return _pubmedqa(row, "")
+
+
+def pubmedqa_training(row: dict) -> Example:
+    """In training the published text shows the long answer before the short one."""
+    return _pubmedqa(row, f"Long Answer:\n{text(row, 'long_answer')}\n")
+
+
 def text(row: dict, key: str) -> str:
     if not isinstance(row[key], str):
         raise ValueError(f"{key} must be text, got {row[key]!r}")
@@ -82,6 +97,26 @@ def texts(row: dict, key: str) -> list[str]:
     if not isinstance(row[key], list) or not all(isinstance(item, str) for item in row[key]):
         raise ValueError(f"{key} must be a list of texts, got {row[key]!r}")
     return row[key]
+
+
+def _pubmedqa(row: dict, long_answer: str) -> Example:
+    context = row["context"]
+    if not isinstance(context, dict):
+        raise ValueError(f"context must hold labels and contexts, got {context!r}")
+    labels, passages = texts(context, "labels"), texts(context, "contexts")
+    if len(labels) != len(passages):
+        raise ValueError(f"context has {len(labels)} labels for {len(passages)} contexts")
+    passages = "".join(f"({x}) {passage}\n" for x, passage in zip(labels, passages, strict=True))
+    answers = ("yes", "no", "maybe")
+    if row["final_decision"] not in answers:
+        wanted = ", ".join(answers)
+        raise ValueError(f"final_decision must be one of {wanted}, got {row['final_decision']!r}")
+    prompt = (
+        "Instruction:\nPlease answer the following question with yes or no based on your medical "
+        f"knowledge and the following context.\nQuestion:\n{text(row, 'question')}\n"
+        f"Context:\n{passages}{long_answer}Answer:"
+    )
+    return Example(prompt, answers, answers.index(row["final_decision"]))
 
 
 def _number(row: dict, key: str) -> int:
