@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 from mixlora.errors import InputError, did_you_mean
 from mixlora.files import read_rows, read_text
-from mixlora.templates import ChatTemplate, Message, Span, Template, find_template
+from mixlora.templates import ChatTemplate, Message, Span, Template, find_template, user_message
 from mixlora.tokenizer import Tokenizer
 
 ROLES = {
@@ -134,9 +134,8 @@ def _instruction(row: dict, columns: Columns, template: Template) -> Text:
     has_input = is_missing or row.get(columns.input) is not None
     input_text = _text(row, columns.input) if has_input else None
     if isinstance(template, ChatTemplate):
-        content = f"{instruction}\n\n{input_text}" if input_text else instruction
-        user = {"role": "user", "content": content}
-        spans = template.spans([user, {"role": "assistant", "content": output}])
+        answer = {"role": "assistant", "content": output}
+        spans = template.spans([user_message(instruction, input_text), answer])
         return Text(spans, adds_special_tokens=False)
     return Text([Span(template.prompt(instruction, input_text), False), Span(output, True)])
 

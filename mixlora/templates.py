@@ -57,6 +57,11 @@ TEMPLATES = {
 }
 
 
+def user_message(instruction: str, input_text: str | None = None) -> Message:
+    content = f"{instruction}\n\n{input_text}" if input_text else instruction
+    return {"role": "user", "content": content}
+
+
 class ChatTemplate:
     """`source` is jinja2, rendered in a sandbox with what transformers gives to it."""
 
@@ -92,8 +97,7 @@ class ChatTemplate:
             raise InputError(f"{self.where}: {error}") from None
 
     def prompt(self, instruction: str, input_text: str | None = None) -> str:
-        content = f"{instruction}\n\n{input_text}" if input_text else instruction
-        return self.render([{"role": "user", "content": content}], add_generation_prompt=True)
+        return self.render([user_message(instruction, input_text)], add_generation_prompt=True)
 
     def spans(self, messages: list[Message]) -> list[Span]:
         """The conversation, cut where assistants begin to speak and where they have ended.

@@ -126,7 +126,7 @@ class Tokenizer:
             return self._reader.named[name]
         for file in ("generation_config.json", "config.json"):
             for found in _settings_id(self.folder / file, f"{name}_id"):
-                if found < self.vocab_size:
+                if 0 <= found < self.vocab_size:  # LLaMA-1's config.json has -1
                     return found
         return None
 
@@ -184,6 +184,10 @@ class TokenizersFile(Reader):
         if len(before) > 1 or len(after) > 1:
             raise InputError(f"{path}: its post-processor adds more than a BOS and an EOS")
         self.adds_bos = bool(before)
+        bos = content_of(settings.get("bos_token"))
+        if before and bos is not None and self.id_of(bos) != before[0]:
+            found = self.text_of(before[0])
+            raise InputError(f"{path}: its post-processor adds {found!r}, bos_token is {bos!r}")
         if before:
             self.named["bos_token"] = before[0]
         if after:

@@ -293,6 +293,24 @@ def test_the_padding_of_the_published_training(
     assert Tokenizer(tmp_path).pad_id == pad_id
 
 
+def test_ids_of_the_models_own_config(tmp_path: Path) -> None:
+    """Where a tokenizer.json comes alone; a pad_token_id of -1 is none."""
+    from transformers import LlamaTokenizer
+
+    make_tokenizer(tmp_path / "tokenizer.model")
+    theirs = LlamaTokenizer.from_pretrained(tmp_path, add_bos_token=True)
+    theirs.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer.model").unlink()
+    with pytest.raises(InputError, match="no BOS or no EOS"):
+        Tokenizer(tmp_path)
+    write_json(tmp_path / "config.json", {"bos_token_id": 5, "eos_token_id": 2, "pad_token_id": -1})
+    tokenizer = Tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 2)
+    write_json(tmp_path / "tokenizer_config.json", {"bos_token": "</s>"})
+    with pytest.raises(InputError, match="post-processor adds '<s>', bos_token is '</s>'"):
+        Tokenizer(tmp_path)
+
+
 def test_more_tokens_end_a_text(tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "tokenizer.model")
     write_json(tmp_path / "generation_config.json", {"eos_token_id": [2, 7]})
