@@ -115,9 +115,6 @@ def summarize(task: str, rows: Sequence[Row]) -> TaskResult:
     )
 
 
-# --- how rows are asked ---------------------------------------------------------------------------
-
-
 def _own(task: Task) -> Read:
     return task.example
 
@@ -142,9 +139,6 @@ def _as_llm_adapters(task: Task) -> Read:
         usable = ", ".join(name for name in TASKS if TASKS[name].llm_adapters)
         raise InputError(f"protocol llm-adapters has no prompt for {task.name} (use {usable})")
     return task.llm_adapters
-
-
-# --- how answers are taken ------------------------------------------------------------------------
 
 
 def score_labels(
@@ -273,9 +267,6 @@ PROTOCOLS = {
     "mixlora": Protocol(_with_the_tasks_labels, score_last_tokens),
     "llm-adapters": Protocol(_as_llm_adapters, generate_answers),
 }
-
-
-# --- log-probabilities ----------------------------------------------------------------------------
 
 
 def log_probs_after(

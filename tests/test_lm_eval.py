@@ -182,6 +182,9 @@ def test_the_active_adapter_is_scored(lm_eval: ModuleType, checkpoint: Path) -> 
 
     model, tokenizer = models.load(checkpoint), Tokenizer(checkpoint)
     harness = HarnessModel(model, tokenizer)
+    bos, *tokens = tokenizer.encode("the cat")
+    assert harness.tok_encode("the cat") == harness.tok_encode("the cat", True) == [bos, *tokens]
+    assert harness.tok_encode("the cat", False) == tokens
     requests = requests_of("loglikelihood", ("the cat sat", " on a mat"), ("ten", " dogs"))
     base = harness.loglikelihood(requests, disable_tqdm=True)
     add_filled(model, **MIXLORA)
