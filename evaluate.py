@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     tasks = options.tasks.split(",")
     questions = load_questions(options.protocol, options.data, tasks, options.max_rows)
     model = models.load(options.base, getattr(torch, options.dtype), options.device)
-    tokenizer = Tokenizer(options.base, model.config.vocab_size)
+    tokenizer = Tokenizer(model.folder, model.config.vocab_size)
     if options.adapter:
         mixlora.load_adapter(model, options.adapter)
 

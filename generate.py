@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     sampling = Sampling(options.temperature, options.top_p, options.seed)
 
     model = models.load(options.base, getattr(torch, options.dtype), options.device)
-    tokenizer = Tokenizer(options.base, model.config.vocab_size)
+    tokenizer = Tokenizer(model.folder, model.config.vocab_size)
     prompts = [tokenizer.encode(text) for text in options.prompt]
     if options.instruction:
         template = find_template(options.template, tokenizer)

@@ -172,7 +172,7 @@ def main(argv: list[str]) -> int:
     ]
     device = device_of(config.model)
     model = models.load(config.model.base, getattr(torch, config.model.dtype), device)
-    tokenizer = Tokenizer(config.model.base, model.config.vocab_size)
+    tokenizer = Tokenizer(model.folder, model.config.vocab_size)
     datasets = [load_dataset(r.data, tokenizer, r.train.max_seq_len) for r in config.runs()]
     for run in config.runs():
         begin_adapter(model, run)

@@ -157,21 +157,20 @@ def timed(function: Callable[[], object], device: torch.device) -> tuple[float, 
 
 
 def table(sides: list[Side], num_tokens: int) -> str:
-    head = f"{'':24}{'forward us/token':>26}{'backward us/token':>26}{'train GB':>10}"
-    lines = [head + f"{'inference us/token':>26}{'infer GB':>10}"]
-    first = sides[0]
+    """us per token of each phase (share of the first side's), and GB per adapter."""
+    lines = [["", "forward us", "backward us", "train GB", "inference us", "inference GB"]]
     for side in sides:
-        line = f"{side.label:24}"
+        cells = {}
         for phase in PHASES:
             times = [1e6 * x / num_tokens for x in side.seconds[phase]]
-            share = mean(side.seconds[phase]) / mean(first.seconds[phase])
-            line += f"{mean(times):12.1f} +- {stdev(times):4.1f} {share:5.0%}"
-            if phase != "forward":
-                peak = max(side.peak["forward"], side.peak[phase])
-                peak = side.peak[phase] if phase == "inference" else peak
-                line += f"{peak / len(side.adapters) / 1e9:10.2f}"
-        lines.append(line)
-    return "\n".join(lines)
+            share = mean(side.seconds[phase]) / mean(sides[0].seconds[phase])
+            cells[phase] = f"{mean(times):.1f} +- {stdev(times):.1f} {share:.0%}"
+        train_peak = max(side.peak["forward"], side.peak["backward"])
+        gb = [f"{x / len(side.adapters) / 1e9:.2f}" for x in (train_peak, side.peak["inference"])]
+        forward, backward, inference = cells.values()
+        lines.append([side.label, forward, backward, gb[0], inference, gb[1]])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 if __name__ == "__main__":

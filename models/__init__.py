@@ -46,7 +46,7 @@ def load(
     unexpected and misshaped tensors are one InputError. A name that is no folder is looked up on
     the hub where `huggingface_hub` is installed.
     """
-    path = _local_folder(path)
+    name, path = str(path), _local_folder(path)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
@@ -71,7 +71,7 @@ def load(
         if name in wanted
     }
     model.load_state_dict(state, assign=True, strict=False)
-    model.name_or_path = str(path)
+    model.name_or_path, model.folder = name, path
     model.tie_weights()
     return model.eval()
 
@@ -102,7 +102,7 @@ def _local_folder(path: str | Path) -> Path:
             f"model {path}: no such folder (a hub id needs the package huggingface_hub)"
         ) from None
     try:
-        wanted = ["*.json", "*.safetensors", "*.model"]
+        wanted = ["*.json", "*.safetensors", "*.model", "*.jinja"]
         return Path(snapshot_download(str(path), allow_patterns=wanted))
     except Exception as error:  # the hub's own errors are many; each ends here, with its text
         raise InputError(f"model {path}: no such folder, nor on the hub: {error}") from None

@@ -586,7 +586,9 @@ COMMANDS: dict[str, Case] = {
     "adapter with an unknown key": adapter(
         "adapter_config.json: unknown key 'lora_alhpa' (did you mean 'lora_alpha'?)", lora_alhpa=1
     ),
-    "adapter with what is not supported": adapter("adapter_config.json: use_dora", use_dora=True),
+    "adapter with what is not supported": adapter(
+        "adapter_config.json: use_qalora", use_qalora=True
+    ),
     "adapter with a wrong type": adapter("adapter_config.json: r must be a whole number", r="2"),
     "adapter out of range": adapter(
         "adapter_config.json: lora_dropout must be in [0, 1)", lora_dropout=1

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ class AdaptedModel(nn.Module):
         super().__init__()
         self.adapter_configs: dict[str, Any] = {}  # name -> mixlora.AdapterConfig
         self.active_adapter: str | None = None  # None = the base model
-        self.name_or_path: str | None = None  # where the base was loaded from
+        self.name_or_path: str | None = None  # what the base was loaded as: a folder or a hub id
+        self.folder: Path | None = None  # where its files are
         self.gradient_checkpointing = False  # one checkpoint per block, in training
         self._context = ForwardContext(())
 
