@@ -2,9 +2,11 @@
 
 model = models.load("path/to/checkpoint")       Hugging Face layout: config.json, *.safetensors
 model = models.new({"model_type": "llama", ...})       the same architecture, random weights
+models.save(model, "another/checkpoint")               its base, with what was merged into it
 """
 
 import dataclasses
+import shutil
 import typing
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mixlora.errors import InputError, did_you_mean
-from mixlora.files import TensorFile, check_shapes, read_json
+from mixlora.files import TensorFile, check_shapes, read_json, write_json, write_tensors
 from mixlora.layers.adapted_model import AdaptedModel
 from models.gemma import Gemma, Gemma2, Gemma2Config, GemmaConfig
 from models.llama import Llama, LlamaConfig
@@ -34,6 +36,7 @@ DESCRIPTIVE = set(
     "transformers.js_config".split()
 )
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "generation_c")
 HEADER_OF_OLD_CHECKPOINTS = "rotary_emb.inv_freq"  # a buffer that older checkpoints carry along
 
 
@@ -74,6 +77,31 @@ def load(
     model.name_or_path, model.folder = name, path
     model.tie_weights()
     return model.eval()
+
+
+def save(model: AdaptedModel, directory: str | Path) -> None:
+    """Write a loaded model's base as a checkpoint, with what `mixlora.merge` folded into it.
+
+    config.json, model.safetensors and the files of the tokenizer; adapters are not in it.
+    """
+    directory = Path(directory)
+    if model.folder is None:
+        raise InputError("save: the model was not loaded from a checkpoint: it has no config.json")
+    if directory.resolve() == model.folder.resolve():
+        raise InputError(f"save: {directory} is where the model's own weights are read from")
+    with torch.device("meta"):
+        names = type(model)(model.config).state_dict().keys()
+    if model.config.tie_word_embeddings:
+        names = names - {"lm_head.weight"}
+    state = model.state_dict()
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in model.folder.iterdir():
+        if path.is_file() and path.name.startswith(TOKENIZER_FILES):
+            shutil.copyfile(path, directory / path.name)
+    write_tensors(directory / "model.safetensors", {name: state[name] for name in names})
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    config = read_json(model.folder / "config.json")
+    write_json(directory / "config.json", {**config, "torch_dtype": dtype, "dtype": dtype})
 
 
 def new(config: dict, seed: int = 0) -> AdaptedModel:

@@ -508,6 +508,33 @@ def test_merge(kind: dict, capsys) -> None:
         assert not model.adapter_configs
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_merged_checkpoint_in_transformers(tied: bool, tmp_path) -> None:
+    """What peft's adapter makes of transformers' model, merged and saved here, loaded there."""
+    from transformers import AutoModelForCausalLM
+
+    base, hf_model = tiny_llama(tmp_path / "base", tie_word_embeddings=tied, attention_bias=True)
+    (base / "tokenizer.model").write_bytes(b"kept")
+    theirs = peft_model(tmp_path / "adapter", hf_model, {"use_dora": True})
+    model = models.load(base)
+    mixlora.load_adapter(model, tmp_path / "adapter")
+    mixlora.merge(model)
+    models.save(model, tmp_path / "merged")
+    assert (tmp_path / "merged" / "tokenizer.model").read_bytes() == b"kept"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        wanted = theirs(TOKENS_BS).logits
+        assert (again(TOKENS_BS).logits - wanted).abs().max() <= 1e-5
+    assert torch.equal(logits_of(models.load(tmp_path / "merged")), logits_of(model))
+
+
+def test_save_that_cannot_be(tmp_path) -> None:
+    base, _ = tiny_llama(tmp_path / "base")
+    assert "own weights are read from" in error_of(models.save, models.load(base), base)
+    assert "not loaded from a checkpoint" in error_of(models.save, tiny_model(), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 def test_merge_that_cannot_be() -> None:
     model = tiny_model()
     add_filled(model, target_modules=["up_proj"], **MIXLORA)
