@@ -1,0 +1,161 @@
+// Vectors of the compiler's own kind (GCC and clang), as wide as the instruction set that the file
+// is compiled for: +, -, *, / and comparisons work on them, and a * b + c becomes one instruction.
+//
+// Numbers are stored as float, double or Bf16 and computed as float or double:
+//
+//   using V = Vec<Wide<T>>;                        T = Bf16: V is kWidth<float> floats
+//   V x = load(p);  store(q, x * x + splat(2.f));     p, q point to T, wherever they point
+//   load_part(p, n), store_part(p, x, n)            the first n < kWidth; the rest is 0, or kept
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace mixlora::MIXLORA_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, Bf16>, float, T>;
+
+template <class T>
+inline constexpr int kWidth = kVectorBytes / sizeof(Wide<T>);
+
+template <class S>
+struct VecOf {
+  typedef S type __attribute__((vector_size(kVectorBytes)));
+};
+template <class S>
+using Vec = typename VecOf<S>::type;
+
+typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t Bits32 __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+
+#define INLINE inline __attribute__((always_inline))
+
+INLINE float widen(float x) { return x; }
+INLINE double widen(double x) { return x; }
+INLINE float widen(Bf16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float y;
+  memcpy(&y, &bits, sizeof y);
+  return y;
+}
+
+// Rounds to the nearest, ties to even; a NaN stays one.
+template <class T>
+INLINE T narrow(Wide<T> x) {
+  if constexpr (std::is_same_v<T, Bf16>) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if (std::isnan(x)) return Bf16{static_cast<uint16_t>((bits >> 16) | 0x40)};
+    return Bf16{static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+  } else {
+    return x;
+  }
+}
+
+template <class S>
+INLINE Vec<S> splat(S x) {
+  return x - Vec<S>{};
+}
+
+INLINE Vec<float> load(const float* p) {
+  Vec<float> x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+INLINE Vec<double> load(const double* p) {
+  Vec<double> x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+INLINE Vec<float> load(const Bf16* p) {
+  Bits16 narrow_bits;
+  memcpy(&narrow_bits, p, sizeof narrow_bits);
+  const Bits32 bits = __builtin_convertvector(narrow_bits, Bits32) << 16;
+  return (Vec<float>)bits;
+}
+
+INLINE void store(float* p, Vec<float> x) { memcpy(p, &x, sizeof x); }
+INLINE void store(double* p, Vec<double> x) { memcpy(p, &x, sizeof x); }
+INLINE void store(Bf16* p, Vec<float> x) {
+  const Bits32 bits = (Bits32)x;
+  const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Bits32 is_nan = (Bits32)(x != x);
+  const Bits32 chosen = (is_nan & ((bits >> 16) | 0x40)) | (~is_nan & rounded);
+  const Bits16 narrow_bits = __builtin_convertvector(chosen, Bits16);
+  memcpy(p, &narrow_bits, sizeof narrow_bits);
+}
+
+template <class T>
+INLINE Vec<Wide<T>> load_part(const T* p, int64_t n) {
+  T whole[kWidth<T>] = {};
+  memcpy(whole, p, n * sizeof(T));
+  return load(whole);
+}
+template <class T>
+INLINE void store_part(T* p, Vec<Wide<T>> x, int64_t n) {
+  T whole[kWidth<T>];
+  store(whole, x);
+  memcpy(p, whole, n * sizeof(T));
+}
+
+// The sum of the lanes, in a fixed order.
+template <class V>
+INLINE auto sum(V x) {
+  using S = std::remove_cvref_t<decltype(x[0])>;
+  constexpr int kLanes = kVectorBytes / sizeof(S);
+  S lanes[kLanes];
+  memcpy(lanes, &x, sizeof x);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+// e^x, clamped to what a normal number holds; within 2 units in the last place.
+INLINE Vec<float> exp(Vec<float> x) {
+  const Vec<float> low = splat(-87.33654f), high = splat(88.02969f);
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const Vec<float> scaled = x * 1.44269504f;
+  const Vec<float> magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number
+  const Vec<float> whole = (scaled + magic) - magic;
+  Vec<float> rest = x - whole * 0.693359375f;
+  rest = rest + whole * 2.12194440e-4f;
+  Vec<float> y = splat(1.9875691500e-4f);
+  y = y * rest + 1.3981999507e-3f;
+  y = y * rest + 8.3334519073e-3f;
+  y = y * rest + 4.1665795894e-2f;
+  y = y * rest + 1.6666665459e-1f;
+  y = y * rest + 5.0000001201e-1f;
+  y = y * rest * rest + rest + 1.f;
+  const Ints exponent = (__builtin_convertvector(whole, Ints) + 127) << 23;
+  return y * (Vec<float>)exponent;
+}
+INLINE Vec<double> exp(Vec<double> x) {
+  for (int i = 0; i < kWidth<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+template <class V, class Function>
+INLINE V each_lane(V x, const Function& function) {
+  for (int i = 0; i < static_cast<int>(sizeof x / sizeof x[0]); ++i) x[i] = function(x[i]);
+  return x;
+}
+
+}  // namespace mixlora::MIXLORA_ISA
