@@ -11,6 +11,15 @@ STABLE_TORCH_LIBRARY(mixlora, m) {
   m.def(
       "moe_sort(Tensor expert_TK, int num_experts) -> (Tensor expert_start_E1, "
       "Tensor row_slot_N, Tensor slot_row_TK, Tensor token_order_T)");
+
+  // The mixture between the frozen projections: every token's experts, summed before W2.
+#define SHARED_GLU                                                                           \
+  "Tensor gate_TF, Tensor up_TF, Tensor? a_gate_TKR, Tensor? a_up_TKR, Tensor? b_gate_EFR, " \
+  "Tensor? b_up_EFR, Tensor? a_down_ERF, Tensor expert_TK, Tensor token_order_T, "           \
+  "Tensor weight_TK, Tensor? scale_gate_EF, Tensor? scale_up_EF, Tensor? bias_gate_F, "      \
+  "Tensor? bias_up_F, int num_experts, float scaling, int act, float dropout, Tensor? seed"
+  m.def("shared_glu(" SHARED_GLU ") -> (Tensor hbar_TF, Tensor z_TKR)");
+  m.def("shared_glu_backward(Tensor dhbar_TF, Tensor? dz_TKR, " SHARED_GLU ") -> Tensor[]");
 }
 
 namespace py = pybind11;

@@ -73,7 +73,7 @@ class FeedForward(nn.Module):
             routing = mixture.moe_gate(x_TD, sequences)
             context.routing.setdefault((span, self), routing)
             return mixture(self, x_TD, gate_TF, up_TF, routing)
-        h_TF = ACTIVATIONS[self.act][0](gate_TF) * up_TF
+        h_TF = ACTIVATIONS[self.act](gate_TF) * up_TF
         return h_TF, lambda y_TD: self.down_proj.adapt(span, h_TF, y_TD, context)
 
 
@@ -154,7 +154,7 @@ class MixLora(nn.Module):
             gate_NF = self.gate_proj.adapt(x_ND, gate_NF, ffn.gate_proj, plan, expert_N)
         if self.up_proj is not None:
             up_NF = self.up_proj.adapt(x_ND, up_NF, ffn.up_proj, plan, expert_N)
-        h_NF = ACTIVATIONS[self.act][0](gate_NF) * up_NF
+        h_NF = ACTIVATIONS[self.act](gate_NF) * up_NF
 
         def finish(y_ND: Tensor) -> Tensor:
             dropped_NF = F.dropout(h_NF, self.dropout, self.training)

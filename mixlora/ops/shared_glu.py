@@ -26,28 +26,24 @@ A projection without adapter passes None for its two tensors. Empty slots (-1) a
 have z = 0. Dropout on h_k before A2 is drawn by Philox from `seed`, an int64 scalar tensor.
 """
 
+import warnings
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mixlora.ops._switch import use_reference
-from mixlora.ops.grouped_lora import expert_rows
 from mixlora.ops.moe_sort import Plan
 from mixlora.ops.philox import keep_mask
 
-# name -> (function, its backward from the output's gradient and the input)
-ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
-    "silu": (F.silu, torch.ops.aten.silu_backward),
-    "gelu": (F.gelu, torch.ops.aten.gelu_backward),
-    "gelu_pytorch_tanh": (
-        lambda x: F.gelu(x, approximate="tanh"),
-        lambda dy, x: torch.ops.aten.gelu_backward(dy, x, approximate="tanh"),
-    ),
-    "relu": (F.relu, lambda dy, x: torch.ops.aten.threshold_backward(dy, x, 0)),
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
 }
+IN_KERNELS = tuple(ACTIVATIONS)  # in the order of csrc/common/activation.h
 
 
 def shared_glu(
@@ -78,7 +74,11 @@ def shared_glu(
         raise ValueError(f"shared_glu: act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
     if dropout and seed is None:
         raise ValueError(f"shared_glu: dropout {dropout} needs a seed (an int64 scalar tensor)")
-    if use_reference():
+    reference = use_reference()
+    if act not in IN_KERNELS and not reference:
+        warnings.warn(f"shared_glu: {act} has no kernel, the reference computes it", stacklevel=2)
+        reference = True
+    if reference:
         return shared_glu_ref(
             *(gate_TF, up_TF, a_gate_TKR, a_up_TKR, b_gate_EFR, b_up_EFR, a_down_ERF),
             *(plan, weight_TK, scaling, act, dropout, seed),
@@ -87,11 +87,22 @@ def shared_glu(
             bias_gate_F=bias_gate_F,
             bias_up_F=bias_up_F,
         )
-    return _SharedGlu.apply(
-        *(gate_TF, up_TF, a_gate_TKR, a_up_TKR, b_gate_EFR, b_up_EFR, a_down_ERF),
-        *(weight_TK, scale_gate_EF, scale_up_EF),
-        *(plan, scaling, act, dropout, seed, bias_gate_F, bias_up_F),
+    dtype = gate_TF.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    if dtype == torch.float16:
+        gate_TF, up_TF = gate_TF.float(), up_TF.float()
+
+    def widened(*tensors: Tensor | None) -> list[Tensor | None]:
+        return [None if x is None else x.to(wide) for x in tensors]
+
+    hbar_TF, z_TKR = torch.ops.mixlora.shared_glu(
+        *(gate_TF, up_TF),
+        *widened(a_gate_TKR, a_up_TKR, b_gate_EFR, b_up_EFR, a_down_ERF),
+        *(plan.expert_TK, plan.token_order_T),
+        *widened(weight_TK, scale_gate_EF, scale_up_EF, bias_gate_F, bias_up_F),
+        *(len(plan.expert_start_E1) - 1, scaling, IN_KERNELS.index(act), dropout, seed),
     )
+    return hbar_TF.to(dtype), None if a_down_ERF is None else z_TKR
 
 
 def shared_glu_ref(
@@ -133,7 +144,7 @@ def shared_glu_ref(
         t, k = torch.where(plan.expert_TK == e)
         gate_F = adapted(gate_TF, a_gate_TKR, b_gate_EFR, scale_gate_EF, bias_gate_F, e, t, k)
         up_F = adapted(up_TF, a_up_TKR, b_up_EFR, scale_up_EF, bias_up_F, e, t, k)
-        h_F = ACTIVATIONS[act][0](gate_F) * up_F
+        h_F = ACTIVATIONS[act](gate_F) * up_F
         hbar_TF = hbar_TF.index_add(0, t, weight_TK[t, k, None] * h_F)
         if dropout:
             h_F = h_F * keep_mask(seed, t * K + k, h_F.shape[1], dropout) / (1 - dropout)
@@ -142,100 +153,37 @@ def shared_glu_ref(
     return hbar_TF.to(gate_TF.dtype), None if z_NR is None else z_NR.unflatten(0, (T, K))
 
 
-class _SharedGlu(torch.autograd.Function):
-    """Saves its inputs; N below counts slots, t * K + k."""
-
-    @staticmethod
-    def forward(ctx, gate_TF, up_TF, a_gate_TKR, a_up_TKR, b_gate_EFR, b_up_EFR, a_down_ERF, *rest):
-        *more, plan, scaling, act, dropout, seed, bias_gate_F, bias_up_F = rest
-        tensors = gate_TF, up_TF, a_gate_TKR, a_up_TKR, b_gate_EFR, b_up_EFR, a_down_ERF, *more
-        ctx.save_for_backward(*tensors)
-        ctx.plan, ctx.options = plan, (scaling, act, dropout, seed, bias_gate_F, bias_up_F)
-        T, K = plan.expert_TK.shape
-        expert = _Expert(tensors, *ctx.options)
-        hbar_TF = torch.zeros_like(gate_TF, dtype=expert.wide)
-        z_NR = None if a_down_ERF is None else hbar_TF.new_zeros(T * K, a_down_ERF.shape[1])
-        for e, token, slot in expert_rows(plan):
-            *_, h_F, g = expert.hidden(e, token, slot)
-            hbar_TF.index_add_(0, token, g * h_F)
-            if z_NR is not None:
-                z_NR[slot] = expert.dropped(h_F, slot) @ a_down_ERF[e].to(expert.wide).T
-        return hbar_TF.to(gate_TF.dtype), None if z_NR is None else z_NR.unflatten(0, (T, K))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dhbar_TF, dz_TKR):
-        tensors = ctx.saved_tensors
-        expert, a_down_ERF = _Expert(tensors, *ctx.options), tensors[6]
-        s, wide = expert.scaling, expert.wide
-        gradients = [
-            None if x is None else torch.zeros(x.shape, dtype=wide, device=x.device)
-            for x in tensors
-        ]
-        *_, d_a_down, d_weight, _, _ = gradients
-        for e, token, slot in expert_rows(ctx.plan):
-            gate, up, act_F, h_F, g = expert.hidden(e, token, slot)
-            dhbar_F = dhbar_TF[token].to(wide)
-            d_weight.view(-1)[slot] = (dhbar_F * h_F).sum(-1)
-            dh_F = g * dhbar_F
-            if a_down_ERF is not None:
-                dz_R = dz_TKR.flatten(0, 1)[slot]
-                dh_F += expert.dropped(dz_R @ a_down_ERF[e].to(wide), slot)
-                d_a_down[e] = dz_R.T @ expert.dropped(h_F, slot)
-            dgate_F = expert.act_backward(dh_F * up.y_F, gate.y_F)
-            for i, side, dy_F in ((0, gate, dgate_F), (1, up, dh_F * act_F)):
-                d_base, d_a, d_b, d_scale = (gradients[j + i] for j in (0, 2, 4, 8))
-                a_TKR, b_EFR, scale_EF = (tensors[j + i] for j in (2, 4, 8))
-                if scale_EF is not None:
-                    d_scale[e] = (dy_F * side.before_scale_F).sum(0)
-                    dy_F = dy_F * scale_EF[e].to(wide)
-                d_base.index_add_(0, token, dy_F)
-                if a_TKR is not None:
-                    d_a.flatten(0, 1)[slot] = s * dy_F @ b_EFR[e].to(wide)
-                    d_b[e] = s * dy_F.T @ a_TKR.flatten(0, 1)[slot].to(wide)
-        pairs = zip(gradients, tensors, strict=True)
-        return *(None if d is None else d.to(x.dtype) for d, x in pairs), *[None] * 7
+@torch.library.register_fake("mixlora::shared_glu")
+def _(gate_TF, up_TF, a_gate_TKR, a_up_TKR, b_gate_EFR, b_up_EFR, a_down_ERF, expert_TK, *rest):
+    rank = 0 if a_down_ERF is None else a_down_ERF.shape[1]
+    wide = torch.promote_types(gate_TF.dtype, torch.float32)
+    return torch.empty_like(gate_TF), gate_TF.new_empty(*expert_TK.shape, rank, dtype=wide)
 
 
-class _Side(NamedTuple):
-    """gate_k or up_k of an expert's rows."""
-
-    y_F: Tensor
-    before_scale_F: Tensor  # y_F itself without DoRA
+@torch.library.register_fake("mixlora::shared_glu_backward")
+def _(dhbar_TF, dz_TKR, *inputs):
+    return [inputs[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in _learned(inputs)]
 
 
-class _Expert:
-    """What one expert makes of its rows: forward and backward both ask, nothing is kept."""
+def _learned(inputs: tuple) -> list[Tensor | None]:
+    """Those of the op's inputs that get a gradient."""
+    return [*inputs[:7], *inputs[9:12]]
 
-    def __init__(self, tensors, scaling, act, dropout, seed, bias_gate_F, bias_up_F):
-        self.gate, self.up = ((*tensors[i:6:2], tensors[8 + i]) for i in (0, 1))
-        self.weight_TK, self.bias_gate_F, self.bias_up_F = tensors[7], bias_gate_F, bias_up_F
-        self.wide = torch.promote_types(tensors[0].dtype, torch.float32)
-        self.scaling, self.p, self.seed = scaling, dropout, seed
-        self.act, self.act_backward = ACTIVATIONS[act]
 
-    def hidden(self, e: int, token: Tensor, slot: Tensor) -> tuple:
-        """gate_k, up_k as sides, act(gate_k), h_k [rows, F] and g [rows, 1] of e's rows."""
-        gate = self._side(*self.gate, self.bias_gate_F, e, token, slot)
-        up = self._side(*self.up, self.bias_up_F, e, token, slot)
-        act_F = self.act(gate.y_F)
-        return gate, up, act_F, act_F * up.y_F, self.weight_TK.flatten()[slot, None]
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, num_experts, scaling, act, dropout, seed = inputs
+    ctx.save_for_backward(*tensors, seed)
+    ctx.options = num_experts, scaling, act, dropout
 
-    def dropped(self, x_F: Tensor, slot: Tensor) -> Tensor:
-        if not self.p:
-            return x_F
-        return x_F * keep_mask(self.seed, slot, x_F.shape[1], self.p) / (1 - self.p)
 
-    def _side(self, y_TF, a_TKR, b_EFR, scale_EF, bias_F, e, token, slot) -> _Side:
-        y_F = y_TF[token].to(self.wide)
-        if a_TKR is None:
-            return _Side(y_F, y_F)
-        bias_F = None if scale_EF is None or bias_F is None else bias_F.to(self.wide)
-        if bias_F is not None:
-            y_F = y_F - bias_F
-        a_R = a_TKR.flatten(0, 1)[slot].to(self.wide)
-        y_F = torch.addmm(y_F, a_R, b_EFR[e].to(self.wide).T, alpha=self.scaling)
-        if scale_EF is None:
-            return _Side(y_F, y_F)
-        scaled_F = y_F * scale_EF[e].to(self.wide)
-        return _Side(scaled_F if bias_F is None else scaled_F + bias_F, y_F)
+def _backward(ctx, dhbar_TF, dz_TKR):
+    *tensors, seed = ctx.saved_tensors
+    dz_TKR = None if tensors[6] is None else dz_TKR
+    inputs = *tensors, *ctx.options, seed
+    found = torch.ops.mixlora.shared_glu_backward(dhbar_TF, dz_TKR, *inputs)
+    pairs = zip(found, _learned(inputs), strict=True)
+    gradients = [None if x is None else gradient for gradient, x in pairs]
+    return *gradients[:7], None, None, *gradients[7:], *[None] * 7
+
+
+torch.library.register_autograd("mixlora::shared_glu", _backward, setup_context=_setup_context)

@@ -1,13 +1,20 @@
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixlora import ops
+from mixlora import _C, ops
 from mixlora.ops.philox import keep_mask
 from tests.numerics import assert_close, assert_close_to_ref64
 from tests.tiny import ROUTINGS, normal, scattered, some_plan
 
+ROOT = Path(__file__).resolve().parents[2]
 cases = pytest.mark.parametrize("T, K, E, load", ROUTINGS.values(), ids=ROUTINGS)
 act = pytest.mark.parametrize("act", ops.ACTIVATIONS)
 dropout = pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -254,8 +261,8 @@ def test_dropout() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
-    plan = some_plan(60, 2, 5, "zipf")
-    tensors = inputs(plan, 5, dtype=dtype)
+    plan = some_plan(300, 2, 3, "zipf")
+    tensors = inputs(plan, 3, F=200, R=8, dtype=dtype)
     results = []
     before = torch.get_num_threads()
     try:
@@ -288,3 +295,157 @@ def test_wrong_arguments() -> None:
         call(ops.shared_glu, tensors, plan, "tanh")
     with pytest.raises(ValueError, match="shared_glu: dropout 0.3 needs a seed"):
         call(ops.shared_glu, tensors, plan, "silu", 0.3)
+
+
+# -- DoRA's scales, and what the operator promises to torch ----------------------------------------
+
+
+def dora(E: int, F: int, sides: str, bias: bool, dtype=torch.float64) -> dict[str, Tensor]:
+    shapes = {f"scale_{side}_EF": (E, F) for side in sides.split()}
+    if bias:
+        shapes |= {"bias_gate_F": (F,), "bias_up_F": (F,)}
+    return {
+        name: normal(*shape, seed=40 + i, dtype=dtype)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+
+
+@cases
+@pytest.mark.parametrize("sides", ["gate", "up", "gate up"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_dora(T: int, K: int, E: int, load: str, sides: str, bias: bool) -> None:
+    plan = some_plan(T, K, E, load)
+    tensors = inputs(plan, E)
+    results = []
+    for op in (ops.shared_glu, ops.shared_glu_ref):
+        leaves = [x.detach().clone().requires_grad_() for x in tensors]
+        extra = dora(E, 13, sides, bias)
+        scales = [x.requires_grad_() for name, x in extra.items() if "scale" in name]
+        arguments = *leaves[:7], plan, leaves[7], SCALING, "silu", 0.3, SEED
+        outputs = op(*arguments, **extra)
+        dys = [normal(*x.shape, seed=20 + i) for i, x in enumerate(outputs)]
+        grads = torch.autograd.grad(outputs, [*leaves, *scales], dys, materialize_grads=True)
+        results.append([*outputs, *(x.nan_to_num() for x in grads)])
+    for native, wanted in zip(*results, strict=True):
+        assert_close(native, wanted)
+
+
+@pytest.mark.parametrize("shape", range(50))
+def test_gradcheck_of_many_shapes(shape: int) -> None:
+    """Every input, DoRA's scales too; ragged sizes, empty slots, all activations."""
+    rng = random.Random(shape)
+    E, F, R = rng.randint(1, 5), rng.randint(1, 9), rng.randint(1, 5)
+    T, K = rng.randint(1, 5), rng.randint(1, E)
+    plan = some_plan(T, K, E, rng.choice(["uniform", "empty slots"]))
+    tensors = [x.nan_to_num() for x in inputs(plan, E, F, R)]
+    extra = dora(E, F, rng.choice(["", "gate", "up", "gate up"]), rng.random() < 0.5)
+    names = [name for name in extra if "scale" in name]
+    leaves = [x.requires_grad_() for x in (*tensors, *(extra[name] for name in names))]
+    act = rng.choice([act for act in ops.ACTIVATIONS if act != "relu"])  # which has a kink
+
+    def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = {**extra, **dict(zip(names, tensors[8:], strict=True))}
+        return ops.shared_glu(*tensors[:7], plan, tensors[7], SCALING, act, 0.3, SEED, **scaled)
+
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+
+
+def op_arguments(plan: ops.Plan, tensors, E: int, dropout: float = 0.3) -> tuple:
+    rest = (None, None, None, None, E, SCALING, 0, dropout, SEED)
+    return (*tensors[:7], plan.expert_TK, plan.token_order_T, tensors[7], *rest)
+
+
+@pytest.mark.parametrize("without", [(), (6,), (2, 4)])
+def test_opcheck(without: tuple) -> None:
+    plan = some_plan(6, 2, 4, "empty slots")
+    tensors = [
+        None if x is None else x.nan_to_num().requires_grad_()
+        for x in inputs(plan, 4, without=without)
+    ]
+    arguments = op_arguments(plan, tensors, 4)
+    torch.library.opcheck(torch.ops.mixlora.shared_glu, arguments)
+    detached = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+    dz_TKR = None if 6 in without else normal(6, 2, 3)
+    torch.library.opcheck(torch.ops.mixlora.shared_glu_backward, (normal(6, 13), dz_TKR, *detached))
+
+
+def test_compile_in_one_graph() -> None:
+    plan = some_plan(12, 2, 4, "uniform")
+    tensors = inputs(plan, 4, dtype=torch.float32)
+
+    def run(*tensors: Tensor) -> Tensor:
+        hbar_TF, z_TKR = call(ops.shared_glu, tensors, plan, "silu", 0.3, SEED)
+        return hbar_TF.sum() + z_TKR.square().sum()
+
+    results = []
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        leaves = [x.detach().clone().requires_grad_() for x in tensors]
+        loss = function(*leaves)
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b)
+
+
+def test_a_long_batch_is_cut_into_blocks() -> None:
+    """The backward's partial sums are of 2048 tokens at most."""
+    plan = some_plan(4500, 2, 3, "zipf")
+    tensors = inputs(plan, 3, F=130, R=2)
+    native = with_gradients(ops.shared_glu, tensors, plan)
+    for name, wanted in with_gradients(ops.shared_glu_ref, tensors, plan).items():
+        assert_close(native[name], wanted)
+
+
+PROGRAM = """
+import sys, torch
+from mixlora import _C, ops
+from tests.ops.test_shared_glu import SEED, call, inputs, with_gradients
+from tests.tiny import some_plan
+assert _C.build_info()["instruction_set"] == sys.argv[1]
+plan = some_plan(70, 2, 5, "empty slots")
+for dtype in (torch.float64, torch.float32, torch.bfloat16):
+    for F, R in ((200, 16), (37, 5)):
+        tensors = [x.nan_to_num() for x in inputs(plan, 5, F=F, R=R, dtype=dtype)]
+        tensors[7] = tensors[7].to(torch.promote_types(dtype, torch.float32))
+        native = with_gradients(ops.shared_glu, tensors, plan, "silu", 0.3, SEED)
+        ref = with_gradients(ops.shared_glu_ref, tensors, plan, "silu", 0.3, SEED)
+        tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+        for name, value in native.items():
+            wanted = ref[name].double()
+            error = (value.double() - wanted).abs().max() / wanted.abs().max()
+            assert error <= tolerance, (dtype, F, R, name, error)
+"""
+
+
+@pytest.mark.parametrize("isa", _C.build_info()["instruction_sets"])
+def test_every_instruction_set(isa: str) -> None:
+    environment = {**os.environ, "MIXLORA_ISA": isa}
+    arguments = [sys.executable, "-c", PROGRAM, isa]
+    done = subprocess.run(arguments, env=environment, cwd=ROOT, capture_output=True, text=True)
+    if "MIXLORA_ISA must be one of" in done.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({1: torch.zeros(6, 12)}, r"up_TF must have gate_TF's dtype float64, got float32"),
+        ({1: torch.zeros(6, 12).double()}, r"up_TF must be \[T, F\] = \[6, 13\], got \[6, 12\]"),
+        ({4: None}, "a and b of a projection must both be given, or neither"),
+        ({2: torch.zeros(6, 2, 4).double()}, r"a_gate_TKR must be \[6, 2, 3\], got \[6, 2, 4\]"),
+        ({5: torch.zeros(4, 13, 3)}, "b_up_EFR must be float64 beside this gate_TF, got float32"),
+        ({7: torch.full((6, 2), 4, dtype=torch.int32)}, r"expert_TK must be in \[-1, 4\), got 4"),
+        ({8: torch.full((6,), 6, dtype=torch.int32)}, r"token_order_T must be in \[0, 6\), got 6"),
+        (
+            {0: torch.zeros(6, 13).half()},
+            "gate_TF must be float32, float64 or bfloat16, got float16",
+        ),
+    ],
+)
+def test_wrong_arguments_of_the_operator(change: dict, said: str) -> None:
+    plan = some_plan(6, 2, 4, "uniform")
+    arguments = list(op_arguments(plan, inputs(plan, 4), 4))
+    for index, value in change.items():
+        arguments[index] = value
+    with pytest.raises(RuntimeError, match=f"^shared_glu: {said}"):
+        torch.ops.mixlora.shared_glu(*arguments)
