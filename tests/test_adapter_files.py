@@ -478,6 +478,13 @@ def test_freeze_but(parts: list[str], strategy: str, capsys) -> None:
     )
 
 
+def test_a_part_is_not_told_by_the_adapters_name() -> None:
+    model = tiny_model()
+    add_filled(model, "moe_gate")
+    freeze_but(model, "moe_gate", ["lora"])
+    assert all(p.requires_grad for p in adapter_parameters(model, "moe_gate").values())
+
+
 def test_freeze_but_what_is_not_there() -> None:
     model = tiny_model()
     add_filled(model)
@@ -533,6 +540,26 @@ def test_save_that_cannot_be(tmp_path) -> None:
     assert "own weights are read from" in error_of(models.save, models.load(base), base)
     assert "not loaded from a checkpoint" in error_of(models.save, tiny_model(), tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("targets", [r"model\.layers\.0\..*", ["layers.1.mlp.up_proj", "q_proj"]])
+def test_what_a_merge_leaves_is_saved_and_loaded(targets: str | list, tmp_path) -> None:
+    model = tiny_model()
+    add_filled(model, target_modules=targets, **MIXLORA)
+    mixlora.merge(model)
+    wanted = logits_of(model)
+    mixlora.save_adapter(model, tmp_path)
+    mixlora.remove_adapter(model)
+    mixlora.load_adapter(model, tmp_path)
+    assert torch.equal(logits_of(model), wanted)
+
+
+def test_a_merge_tells_what_lost_routers_change() -> None:
+    """Switch scales every feed-forward by its weight, also where none has experts."""
+    model = tiny_model()
+    add_filled(model, target_modules=["q_proj"], routing_strategy="mixlora-switch")
+    assert mixlora.merge(model) > 0.1
+    assert not model.adapter_configs and model.active_adapter is None
 
 
 def test_merge_that_cannot_be() -> None:
