@@ -21,8 +21,19 @@ from mixlora.adapter_config import LoraSettings
 from mixlora.adapter_files import CONFIG_FILE, PICKLED_FILE, TENSOR_FILE, adapter_tensors
 from mixlora.adapters import adapter_parameters, freeze_but, part_of
 from mixlora.errors import InputError
+from mixlora.layers.lora import Linear, Lora, rescale
 from tests.numerics import assert_close
-from tests.tiny import MIXLORA, SIZES, add_filled, fill, padded, some_tokens, tiny_llama, tiny_model
+from tests.tiny import (
+    MIXLORA,
+    SIZES,
+    add_filled,
+    fill,
+    normal,
+    padded,
+    some_tokens,
+    tiny_llama,
+    tiny_model,
+)
 
 INSTRUCT = Path(__file__).resolve().parents[2] / "shared/data/instruct"
 TOKENS_BS = some_tokens(2, 9)
@@ -149,6 +160,30 @@ def test_dora_of_a_fresh_adapter_changes_no_bit() -> None:
         before = logits_of(model)
         mixlora.add_adapter(model, AdapterConfig(use_dora=True, target_modules="all-linear"))
         assert torch.equal(logits_of(model), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", ["weight", "lora_A", "lora_B"])
+def test_dora_norms_follow_each_parameter(what: str) -> None:
+    """Changed in place or replaced."""
+    base = Linear(6, 5)
+    fill(dict(base.named_parameters()))
+    lora = Lora(base, r=2, lora_alpha=3, use_dora=True)
+    fill(dict(lora.named_parameters()), seed=1)
+    parameter = getattr(base if what == "weight" else lora, what)
+    for change in range(2):
+        lora.dora_scale(base)
+        parameter.data = 2 * parameter.data if change else parameter.mul_(2).data
+        norm_O = (base.weight + 1.5 * lora.lora_B @ lora.lora_A).norm(dim=1)
+        assert_close(lora.dora_scale(base), lora.lora_magnitude_vector / norm_O)
+
+
+def test_a_scale_near_1_keeps_its_digits_in_bf16() -> None:
+    y_NO = normal(50, 40, dtype=torch.bfloat16)
+    scale_O = 1 + normal(40, seed=1).float() / 300
+    wanted_NO = scale_O.double() * y_NO.double()
+    found_NO = rescale(y_NO.clone(), torch.zeros_like(y_NO), scale_O, Linear(3, 40)).double()
+    assert ((found_NO - wanted_NO).abs() <= 1.02 * 2**-8 * wanted_NO.abs()).all()  # one rounding
 
 
 @torch.no_grad()
