@@ -300,3 +300,26 @@ def test_inference_mode_may_end(kind: dict) -> None:
         assert torch.equal(model(tokens_BS), wanted)
         fill(adapter_parameters(model), seed=9)
         assert not torch.equal(model(tokens_BS), wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", ["loramoe", "mola"])
+def test_dropout_of_plugged_mixtures_is_in_training_alone(strategy: str) -> None:
+    block = make_block(strategy, lora_dropout=0.5)
+    x_BSD = normal(2, 9, D)
+    torch.manual_seed(0)
+    first, second = (block.train().ffn(x_BSD, context(x_BSD)) for _ in range(2))
+    assert not torch.equal(first, second)
+    first, second = (block.eval().ffn(x_BSD, context(x_BSD)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@torch.no_grad()
+def test_routing_of_switch_covers_rows_that_are_not_adjacent() -> None:
+    model = tiny_model()
+    add_filled(model, "m", **KINDS["mixlora-switch"])
+    model(some_tokens(4, 9), adapters=["m", None, "m", "m"])
+    for routing in model.routing("m"):
+        skipped_T = routing.skip_T > 0
+        assert skipped_T.shape == (27,) and skipped_T.any()
+        assert torch.equal(skipped_T, routing.expert_TK[:, 0] < 0)
