@@ -195,3 +195,12 @@ def test_router_of_a_model_cast_to_bf16_computes_in_fp32() -> None:
     x_TD = normal(50, 64, dtype=torch.bfloat16)
     wanted = ops.topk_router(x_TD.float() @ router.weight.float().T, 2)
     assert torch.equal(router(x_TD, SEQUENCES).weight_TK, wanted.weight_TK)
+
+
+def test_sums_count_what_the_router_wished() -> None:
+    """Also the tokens that an expert has no room for; probabilities before the temperature."""
+    x_TD = normal(20, 6, dtype=torch.float32)
+    switch = ROUTERS["mixlora-switch"](6, 4, expert_capacity=1).eval()(x_TD, SEQUENCES)
+    assert (switch.expert_TK < 0).any() and switch.count_E.sum() == 20
+    dynamic = ROUTERS["mixlora-dynamic"](6, 4, temperature=3.0)(x_TD, SEQUENCES)
+    assert_close(dynamic.prob_E.sum(), torch.tensor(20.0))
