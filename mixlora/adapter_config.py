@@ -133,22 +133,31 @@ class AdapterConfig:
 
     def _fill_in_router(self) -> None:
         """A setting takes its router's default; one that nothing would read is refused."""
-        if self.capacity_factor is not None and self.capacity_seq_len is not None:
-            share = self.capacity_seq_len / (self.num_experts or 8)
-            self.expert_capacity = max(1, math.ceil(share * self.capacity_factor))
         read = _router_keys(self.router) if self.router else {}
         known = {key for router in ROUTERS.values() for key in _router_keys(router)}
         for key in sorted(known):
             if key in read:
-                if getattr(self, key) is None:
+                is_computed = key == "expert_capacity" and self.capacity_factor is not None
+                if getattr(self, key) is None and not is_computed:
                     setattr(self, key, read[key])
             elif getattr(self, key) is not None:
                 self._refuse(key)
         for key in ("router_loss", "router_z_loss_coef"):
             if self.router and getattr(self, key) is None:
                 setattr(self, key, getattr(self.router, key))
-        if self.capacity_factor is not None and "expert_capacity" not in read:
-            self._refuse("capacity_factor")
+            elif not self.router and getattr(self, key) is not None:
+                self._refuse(key)
+        for key in ("capacity_factor", "capacity_seq_len"):
+            if "expert_capacity" not in read and getattr(self, key) is not None:
+                self._refuse(key)
+        if self.capacity_factor is not None and self.capacity_seq_len is not None:
+            share = self.capacity_seq_len / max(1, self.num_experts)
+            capacity = max(1, math.ceil(share * self.capacity_factor))
+            if self.expert_capacity not in (None, capacity):
+                raise InputError(
+                    f"expert_capacity = {self.expert_capacity}: capacity_factor makes it {capacity}"
+                )
+            self.expert_capacity = capacity
 
     def _refuse(self, key: str) -> None:
         strategy = f"routing_strategy {self.routing_strategy}" if self.router else "plain LoRA"
@@ -173,7 +182,10 @@ class AdapterConfig:
             "temperature": (between("temperature", lambda x: x >= 0), ">= 0"),
             "expert_capacity": (between("expert_capacity", lambda x: x > 0), "> 0"),
             "capacity_factor": (between("capacity_factor", lambda x: x > 0), "> 0"),
-            "capacity_seq_len": (between("capacity_seq_len", lambda x: x > 0), "> 0"),
+            "capacity_seq_len": (
+                between("capacity_seq_len", lambda x: x > 0 and self.capacity_factor is not None),
+                "> 0, and beside capacity_factor",
+            ),
             "ffn_dropout": (between("ffn_dropout", lambda x: 0 <= x < 1), "in [0, 1)"),
             "sparse_step": (self.sparse_step in (None, 1), "1: every feed-forward is a mixture"),
             "router_init_range": (between("router_init_range", lambda x: x >= 0), ">= 0"),
@@ -214,13 +226,12 @@ class AdapterConfig:
             elif key not in FOREIGN_KEYS | DESCRIPTIVE_KEYS:
                 raise InputError(f"{source}: unknown key {key!r}{did_you_mean(key, fields)}")
         kept.pop("sparse_step", None)  # written by MoE-PEFT, read by nothing there
-        strategy = kept.get("routing_strategy")
-        if isinstance(strategy, str):
-            kept["routing_strategy"] = LEGACY_STRATEGIES.get(strategy, strategy)
+        if "routing_strategy" in kept:
+            kept["routing_strategy"] = modern(kept["routing_strategy"], LEGACY_STRATEGIES)
         if isinstance(kept.get("target_modules"), dict):  # mLoRA's form: {"q_proj": true, ...}
             kept["target_modules"] = [key for key, on in kept["target_modules"].items() if on]
         if isinstance(kept.get("target_modules"), list):
-            kept["target_modules"] = [LEGACY_TARGETS.get(x, x) for x in kept["target_modules"]]
+            kept["target_modules"] = [modern(x, LEGACY_TARGETS) for x in kept["target_modules"]]
         for part in (kept, kept.get("expert_lora")):
             if isinstance(part, dict) and part.get("lora_dropout") == DROPOUT_FOR_ZERO:
                 part["lora_dropout"] = 0.0
@@ -247,6 +258,11 @@ class AdapterConfig:
             if key in written and written[key] is None:
                 del written[key]
         return written
+
+
+def modern(name: Any, names: dict[str, str]) -> Any:
+    """Today's spelling of a legacy name; anything else is left as it is, for the checks."""
+    return names.get(name, name) if isinstance(name, str) else name
 
 
 def _router_keys(router: type[Router]) -> dict[str, Any]:

@@ -62,6 +62,8 @@ def save_adapter(
     is_readable = config.routing_strategy == "mixlora" and is_plain
     if pickled and is_readable and isinstance(config.target_modules, list):
         write_pickled_tensors(directory / PICKLED_FILE, tensors)
+    else:  # that of an earlier adapter, which pip `mixlora` would take for this one
+        (directory / PICKLED_FILE).unlink(missing_ok=True)
 
 
 def load_adapter(model: AdaptedModel, directory: str | Path, name: str = "default") -> None:

@@ -13,6 +13,7 @@ from mixlora.layers.adapted_model import AdaptedModel
 from mixlora.layers.lora import Linear, Lora
 from mixlora.layers.lora_mixture import LoraMixture
 from mixlora.layers.mixlora_ffn import PROJECTIONS, FeedForward, MixLora
+from mixlora.layers.router import Router
 
 ADAPTED = re.compile(r"\.(adapters|mixtures)\.")  # in the names of adapters' parameters
 PARTS = ("routers", "experts", "lora")  # of an adapter's parameters
@@ -108,9 +109,9 @@ def trained_parameters(model: AdaptedModel, name: str = "default") -> dict[str, 
 
 def part_of(key: str, model: AdaptedModel) -> str:
     """Which of PARTS an adapter's parameter belongs to."""
-    if ".moe_gate." in key:
-        return "routers"
     owner = model.get_submodule(key.rpartition(".")[0])
+    if isinstance(owner, Router):
+        return "routers"
     return "lora" if isinstance(owner, Lora) else "experts"
 
 
@@ -166,16 +167,17 @@ def merge(model: AdaptedModel, name: str = "default") -> float:
     for _, base in merged:
         base.weight.copy_(merged_weight(base, base.adapters[name]))
         del base.adapters[name]
-    kept = [path for path in _sites(model) if _is_target(path, config)]
-    kept = {path.rpartition(".")[2] for path in kept} - {p.rpartition(".")[2] for p, _ in merged}
+    kept = {path for path in _sites(model) if _is_target(path, config)} - dict(merged).keys()
+    if kept:
+        ends = sorted({path.rpartition(".")[2] for path in kept})
+        is_short = all(path in kept for path in _sites(model) if path.rpartition(".")[2] in ends)
+        values = {**config.to_dict(), "target_modules": ends if is_short else sorted(kept)}
+        model.adapter_configs[name] = AdapterConfig.from_dict(values)
+    else:  # with it go routers of no experts: the difference below is what that makes, too
+        remove_adapter(model, name)
     with model.evaluating():
         after = model(tokens_BS)
-    model.active_adapter = active
-    if kept:
-        values = {**config.to_dict(), "target_modules": sorted(kept)}
-        model.adapter_configs[name] = AdapterConfig.from_dict(values)
-    else:
-        remove_adapter(model, name)
+    model.active_adapter = active if kept else None
     difference = (after - before).abs().max().item()
     largest = before.abs().max().item()
     print(f"merged {name}: logits differ by at most {difference:.2g}, they reach {largest:.3g}")

@@ -15,6 +15,7 @@ import torch
 
 from mixlora.adapter_files import read_tensors, save_adapter
 from mixlora.adapters import trained_parameters
+from mixlora.errors import InputError
 from mixlora.files import (
     TensorFile,
     check_shapes,
@@ -83,4 +84,7 @@ def load_checkpoint(
             for moment in MOMENTS
         }
     torch.set_rng_state(file[GENERATOR])
-    return read_json(path / STATE_FILE)["step"]
+    step = read_json(path / STATE_FILE).get("step")
+    if type(step) is not int or step < 1:
+        raise InputError(f"{path / STATE_FILE}: step must be a whole number >= 1, got {step!r}")
+    return step

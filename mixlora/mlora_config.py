@@ -10,7 +10,7 @@ the published evaluation. Adapters are trained one after another: how many share
 matter.
 """
 
-from mixlora.adapter_config import LEGACY_STRATEGIES, LEGACY_TARGETS
+from mixlora.adapter_config import LEGACY_STRATEGIES, LEGACY_TARGETS, modern
 from mixlora.config import Located
 from mixlora.errors import InputError, did_you_mean
 
@@ -72,7 +72,8 @@ def translate(tree: Located) -> Located:
             hint = did_you_mean(key, {*SHARING_KEYS, "cutoff_len", "save_step", "lora"})
             raise InputError(f"{node.where}: unknown key '{key}'{hint}")
     runs = [_adapter(node, cutoff) for node in adapters.value]
-    ours = {"adapters": Located(runs, adapters.where), "train": runs[0].value["train"]}
+    train = runs[0].value.get("train", Located({}, adapters.where))
+    ours = {"adapters": Located(runs, adapters.where), "train": train}
     if save_step is not None:
         _put(ours, "run.save_every_steps", _steps(save_step, adapters.value[0]))
     return Located(ours, tree.where)
@@ -115,7 +116,8 @@ def _data(ours: dict, theirs: dict, where: str) -> None:
         return
     if file is not None and file.value:
         raise InputError(f"{file.where}: data = {file.value!r}: tasks are read from data.dir")
-    tasks = Located([Located(x, task.where) for x in str(name).split(";")], task.where)
+    names = name.split(";") if isinstance(name, str) else [name]
+    tasks = Located([Located(x, task.where) for x in names], task.where)
     _put(ours, "data.tasks", tasks)
     _put(ours, "eval.tasks", tasks)
 
@@ -123,10 +125,10 @@ def _data(ours: dict, theirs: dict, where: str) -> None:
 def _modern(key: str, node: Located) -> Located:
     """Older spellings of strategies and projections, and projections as a mapping."""
     if key == "routing_strategy":
-        return Located(LEGACY_STRATEGIES.get(node.value, node.value), node.where)
+        return Located(modern(node.value, LEGACY_STRATEGIES), node.where)
     if key == "target_modules" and isinstance(node.value, dict):
         chosen = [name for name, on in node.value.items() if on.value is True]
-        targets = [Located(LEGACY_TARGETS.get(name, name), node.where) for name in chosen]
+        targets = [Located(modern(name, LEGACY_TARGETS), node.where) for name in chosen]
         return Located(targets, node.where)
     return node
 
@@ -135,7 +137,7 @@ def _steps(save_step: Located, adapter: Located) -> Located:
     """Their steps are forwards; ours are the optimizer's."""
     batch, micro = (adapter.value.get(key) for key in ("batch_size", "micro_batch_size"))
     sizes = [node.value if node is not None else None for node in (batch, micro)]
-    if not isinstance(save_step.value, int) or not all(isinstance(x, int) for x in sizes):
+    if not isinstance(save_step.value, int) or not all(isinstance(x, int) and x > 0 for x in sizes):
         return save_step
     return Located(max(1, save_step.value * sizes[1] // sizes[0]), save_step.where)
 

@@ -21,8 +21,19 @@ from mixlora.adapter_config import LoraSettings
 from mixlora.adapter_files import CONFIG_FILE, PICKLED_FILE, TENSOR_FILE, adapter_tensors
 from mixlora.adapters import adapter_parameters, freeze_but, part_of
 from mixlora.errors import InputError
+from mixlora.layers.lora import Linear, Lora, rescale
 from tests.numerics import assert_close
-from tests.tiny import MIXLORA, SIZES, add_filled, fill, padded, some_tokens, tiny_llama, tiny_model
+from tests.tiny import (
+    MIXLORA,
+    SIZES,
+    add_filled,
+    fill,
+    normal,
+    padded,
+    some_tokens,
+    tiny_llama,
+    tiny_model,
+)
 
 INSTRUCT = Path(__file__).resolve().parents[2] / "shared/data/instruct"
 TOKENS_BS = some_tokens(2, 9)
@@ -149,6 +160,30 @@ def test_dora_of_a_fresh_adapter_changes_no_bit() -> None:
         before = logits_of(model)
         mixlora.add_adapter(model, AdapterConfig(use_dora=True, target_modules="all-linear"))
         assert torch.equal(logits_of(model), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", ["weight", "lora_A", "lora_B"])
+def test_dora_norms_follow_each_parameter(what: str) -> None:
+    """Changed in place or replaced."""
+    base = Linear(6, 5)
+    fill(dict(base.named_parameters()))
+    lora = Lora(base, r=2, lora_alpha=3, use_dora=True)
+    fill(dict(lora.named_parameters()), seed=1)
+    parameter = getattr(base if what == "weight" else lora, what)
+    for change in range(2):
+        lora.dora_scale(base)
+        parameter.data = 2 * parameter.data if change else parameter.mul_(2).data
+        norm_O = (base.weight + 1.5 * lora.lora_B @ lora.lora_A).norm(dim=1)
+        assert_close(lora.dora_scale(base), lora.lora_magnitude_vector / norm_O)
+
+
+def test_a_scale_near_1_keeps_its_digits_in_bf16() -> None:
+    y_NO = normal(50, 40, dtype=torch.bfloat16)
+    scale_O = 1 + normal(40, seed=1).float() / 300
+    wanted_NO = scale_O.double() * y_NO.double()
+    found_NO = rescale(y_NO.clone(), torch.zeros_like(y_NO), scale_O, Linear(3, 40)).double()
+    assert ((found_NO - wanted_NO).abs() <= 1.02 * 2**-8 * wanted_NO.abs()).all()  # one rounding
 
 
 @torch.no_grad()
@@ -478,6 +513,13 @@ def test_freeze_but(parts: list[str], strategy: str, capsys) -> None:
     )
 
 
+def test_a_part_is_not_told_by_the_adapters_name() -> None:
+    model = tiny_model()
+    add_filled(model, "moe_gate")
+    freeze_but(model, "moe_gate", ["lora"])
+    assert all(p.requires_grad for p in adapter_parameters(model, "moe_gate").values())
+
+
 def test_freeze_but_what_is_not_there() -> None:
     model = tiny_model()
     add_filled(model)
@@ -533,6 +575,26 @@ def test_save_that_cannot_be(tmp_path) -> None:
     assert "own weights are read from" in error_of(models.save, models.load(base), base)
     assert "not loaded from a checkpoint" in error_of(models.save, tiny_model(), tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("targets", [r"model\.layers\.0\..*", ["layers.1.mlp.up_proj", "q_proj"]])
+def test_what_a_merge_leaves_is_saved_and_loaded(targets: str | list, tmp_path) -> None:
+    model = tiny_model()
+    add_filled(model, target_modules=targets, **MIXLORA)
+    mixlora.merge(model)
+    wanted = logits_of(model)
+    mixlora.save_adapter(model, tmp_path)
+    mixlora.remove_adapter(model)
+    mixlora.load_adapter(model, tmp_path)
+    assert torch.equal(logits_of(model), wanted)
+
+
+def test_a_merge_tells_what_lost_routers_change() -> None:
+    """Switch scales every feed-forward by its weight, also where none has experts."""
+    model = tiny_model()
+    add_filled(model, target_modules=["q_proj"], routing_strategy="mixlora-switch")
+    assert mixlora.merge(model) > 0.1
+    assert not model.adapter_configs and model.active_adapter is None
 
 
 def test_merge_that_cannot_be() -> None:

@@ -20,6 +20,7 @@ from tests.tiny import MIXLORA, SIZES, add_filled, some_tokens, tiny_model
 INSTRUCT = Path(__file__).resolve().parents[2] / "shared/data/instruct"
 TOKENS_BS = some_tokens(2, 9)
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+SWITCH = {"routing_strategy": "mixlora-switch", "num_experts": 4}
 MLP = ["gate_proj", "up_proj", "down_proj"]
 
 KINDS = {
@@ -158,6 +159,15 @@ def test_config_saved_by_peft(tmp_path, task_type: str | None) -> None:
         ({"lora_alpha": -1}, "lora_alpha must be > 0, got -1"),
         ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number"),
         ({"lora_dropout": 1.0}, "lora_dropout must be in [0, 1), got 1.0"),
+        ({"target_modules": [["q_proj"]]}, "target_modules.0 must be text, got a list"),
+        ({"router_loss": True}, "router_loss = True: plain LoRA has no such setting"),
+        ({"router_z_loss_coef": 0.1}, "router_z_loss_coef = 0.1: plain LoRA has no such setting"),
+        (MIXLORA | {"capacity_seq_len": 9}, "capacity_seq_len = 9: routing_strategy mixlora has"),
+        (SWITCH | {"capacity_seq_len": 9}, "capacity_seq_len must be > 0, and beside capacity_f"),
+        (
+            SWITCH | {"capacity_seq_len": 64, "capacity_factor": 1.5, "expert_capacity": 3},
+            "expert_capacity = 3: capacity_factor makes it 24",
+        ),
         ({"target_modules": []}, "target_modules must be a list of at least one projection"),
         ({"target_modules": "q_proj["}, "target_modules must be a list of at least one projection"),
         ({"target_modules": None}, "target_modules must be a list of text or text, got nothing"),
@@ -304,6 +314,13 @@ def test_save_and_load(kind: dict, tmp_path) -> None:
     files = {p.name for p in (tmp_path / "deep" / "folder").iterdir()} - {PICKLED_FILE}
     assert files == {CONFIG_FILE, TENSOR_FILE}
     assert all(p.requires_grad for p in adapter_parameters(other, "again").values())
+
+
+def test_no_earlier_file_stays_beside_a_saved_adapter(tmp_path) -> None:
+    mixlora.save_adapter(filled(MIXLORA), tmp_path)
+    assert (tmp_path / PICKLED_FILE).is_file()
+    mixlora.save_adapter(filled({**MIXLORA, "use_dora": True}), tmp_path)
+    assert not (tmp_path / PICKLED_FILE).exists()
 
 
 def test_only_the_named_adapter_is_saved(tmp_path) -> None:

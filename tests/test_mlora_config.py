@@ -135,6 +135,11 @@ def test_it_trains(checkpoint: Path, task_folder: Path, tmp_path: Path) -> None:
         ),
         ({**TEMPLATE, "lora": []}, "lora must be a list of at least one adapter"),
         ({**TEMPLATE, "lora": [3]}, "an adapter of lora must be a mapping"),
+        ({"lora": [{"task_name": "arc-e"}]}, "steps or epochs must be given"),
+        (variant(batch_size=0), "batch_size must be >= 1, got 0"),
+        (variant(task_name=["arc-e"]), "adapters.0.data.tasks.0 must be text, got a list"),
+        (variant(routing_strategy=["mola"]), "routing_strategy must be text, got a list"),
+        (variant(target_modules=[["q_proj"]]), "target_modules.0 must be text, got a list"),
     ],
 )
 def test_wrong_configs(values: dict, said: str, tmp_path: Path, capsys) -> None:

@@ -27,6 +27,10 @@ class AdaptedModel(nn.Module):
         self.gradient_checkpointing = False  # one checkpoint per block, in training
         self._context = ForwardContext(())
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: what it holds, without the last forward's graph."""
+        return {**super().__getstate__(), "_context": ForwardContext(())}
+
     def begin(
         self,
         tokens_BS: Tensor,

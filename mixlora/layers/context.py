@@ -62,6 +62,8 @@ class Sequences:
         A sequence is a document of a packed row, else a row, with what the cache has seen of it.
         Padding counts nothing.
         """
+        if not len(chosen_TE):
+            return chosen_TE
         B = self.span.end - self.span.start
         mask_T, segments_BS, cache = self.mask_T, self.context.segments_BS, self.context.cache
         chosen_TE = chosen_TE if mask_T is None else chosen_TE * mask_T[:, None]
@@ -76,7 +78,8 @@ class Sequences:
         if cache is not None:
             shape = len(cache.real_BL), chosen_TE.shape[1]
             router = self.span.name, self.layer
-            seen_BE = cache.counts.setdefault(router, place_BSE.new_zeros(shape))
+            with torch.inference_mode(False):  # the next tokens may come outside of it
+                seen_BE = cache.counts.setdefault(router, place_BSE.new_zeros(shape))
             place_BSE = place_BSE + self.span.rows(seen_BE)[:, None]
             self.span.rows(seen_BE).copy_(place_BSE[:, -1])
         return place_BSE.flatten(0, 1)
@@ -90,4 +93,4 @@ def spans_of(names: Sequence[str | None]) -> tuple[Span, ...]:
             spans[-1] = spans[-1]._replace(end=row + 1)
         else:
             spans.append(Span(name, row, row + 1))
-    return tuple(spans)
+    return tuple(spans) or (Span(None, 0, 0),)

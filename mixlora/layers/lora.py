@@ -79,8 +79,10 @@ class LoraPair(nn.Module):
         if self.lora_magnitude_vector is None:
             return None
         # computed again only where a parameter has changed: decoding asks at every token
-        state = [(x.data_ptr(), x._version) for x in (base.weight, self.lora_A, self.lora_B)]
-        if getattr(self, "_norm_state", None) != state:
+        parameters = base.weight, self.lora_A, self.lora_B
+        is_tracked = not any(x.is_inference() for x in parameters)
+        state = [(x.data_ptr(), x._version) for x in parameters] if is_tracked else None
+        if state is None or getattr(self, "_norm_state", None) != state:
             self._norm_state, self._norm = state, self.row_norm(base)
         return self.lora_magnitude_vector / self._norm
 
@@ -122,11 +124,11 @@ class Lora(LoraPair):
 
 
 def rescale(y_NO: Tensor, delta_NO: Tensor, scale_NO: Tensor, base: Linear) -> Tensor:
-    """scale (W x + delta) + b of y = W x + b. Written so that a scale of 1 changes no bit, and a
-    scale near 1 keeps its digits in bf16."""
-    product_NO = y_NO if base.bias is None else y_NO - base.bias
-    change_NO = (scale_NO - 1).to(y_NO.dtype) * product_NO
-    return y_NO + change_NO + scale_NO.to(y_NO.dtype) * delta_NO
+    """scale (W x + delta) + b of y = W x + b, in place. Written so that a scale of 1 changes no
+    bit, and a scale near 1 keeps its digits in bf16."""
+    product_NO = y_NO.clone() if base.bias is None else y_NO - base.bias  # backward reads it
+    y_NO.add_((scale_NO - 1).to(y_NO.dtype) * product_NO)
+    return y_NO.add_(scale_NO.to(y_NO.dtype) * delta_NO)
 
 
 def init_lora_a(lora_a: Tensor, lora_init: str) -> Tensor:

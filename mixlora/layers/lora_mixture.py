@@ -7,7 +7,6 @@
 The second line is two products of rank E R, whatever the routing.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,10 +26,8 @@ class LoraMixture(LoraPair):
         x_TI = x_BSI.reshape(-1, x_BSI.shape[-1])
         routing = self.moe_gate(x_TI, context.sequences(span, self))
         context.routing.setdefault((span, self), routing)
-        weight_TE = torch.zeros(len(x_TI), len(self.lora_A), dtype=routing.weight_TK.dtype)
-        weight_TE = weight_TE.to(x_TI.device).scatter(
-            1, routing.expert_TK.long(), routing.weight_TK
-        )
+        weight_TE = routing.weight_TK.new_zeros(len(x_TI), len(self.lora_A))
+        weight_TE = weight_TE.scatter(1, routing.expert_TK.long(), routing.weight_TK)
         x_TI = F.dropout(x_TI, self.dropout, self.training)
         a_TER = (x_TI @ self.lora_A.to(x_TI.dtype).flatten(0, 1).T).unflatten(
             1, self.lora_A.shape[:2]

@@ -1,5 +1,7 @@
 """Every kind of mixture against its definition, token by token in float64."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from mixlora.layers.context import ForwardContext, Span
 from mixlora.layers.lora import Linear, LoraPair
 from mixlora.layers.mixlora_ffn import PROJECTIONS, FeedForward
 from tests.numerics import assert_close
-from tests.tiny import fill, normal
+from tests.tiny import MIXLORA, add_filled, fill, normal, padded, some_tokens, tiny_model
 
 E, D, FFN = 4, 10, 14
 STRATEGIES = {
@@ -176,8 +178,6 @@ def test_dynamic(top_p: float, temperature: float) -> None:
 
 
 def test_expert_lora_is_of_the_experts_alone() -> None:
-    from tests.tiny import add_filled, tiny_model
-
     model = tiny_model()
     own = mixlora.adapter_config.LoraSettings(r=2, lora_alpha=9, use_dora=True)
     add_filled(model, routing_strategy="mixlora", num_experts=3, expert_lora=own)
@@ -222,3 +222,104 @@ def test_switch_dropout_is_on_its_output() -> None:
     dropped = y_BSD == 0
     assert 0.3 < dropped.double().mean() < 0.7
     assert_close(y_BSD[~dropped], 2 * wanted_BSD[~dropped], rel=1e-9)
+
+
+KINDS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "mixlora": MIXLORA,
+    "mixdora": {**MIXLORA, "use_dora": True},
+    **{
+        name: {"routing_strategy": name, "num_experts": E} | STRATEGIES[name] for name in STRATEGIES
+    },
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_kind_in_one_batch(checkpointing: bool, bias: bool) -> None:
+    """The gradients of a batch are the sum of its rows', whichever kind comes after which."""
+    model = tiny_model(attention_bias=bias, mlp_bias=bias)
+    for seed, (name, config) in enumerate(KINDS.items()):
+        add_filled(model, name, seed=seed, **config)
+    model.double().train().gradient_checkpointing = checkpointing
+    names = [*KINDS, None, *reversed(KINDS)]
+    tokens_BS, mask_BS = padded([9 - b % 4 for b in range(len(names))], "left")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def of_rows(rows: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
+        inputs = {"mask_BS": mask_BS[rows], "labels_BS": tokens_BS[rows]}
+        loss, _ = model(tokens_BS[rows], adapters=names[rows], **inputs)
+        if not loss.requires_grad:
+            return loss, ()
+        return loss, torch.autograd.grad(loss, parameters, materialize_grads=True)
+
+    loss, found = of_rows(slice(None))
+    alone = [of_rows(slice(row, row + 1)) for row in range(len(names))]
+    assert_close(loss, sum(loss for loss, _ in alone), rel=1e-6)
+    for a, *parts in zip(found, *(grads for _, grads in alone if grads), strict=True):
+        assert a.any()
+        assert_close(a, sum(parts), rel=1e-5)  # the loss is fp32
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_no_tokens(kind: dict, shape: tuple[int, int]) -> None:
+    model = tiny_model()
+    add_filled(model, **kind)
+    tokens_BS = torch.zeros(shape, dtype=torch.long)
+    assert model(tokens_BS, adapters=["default"] * shape[0]).shape == (*shape, 96)
+    model(tokens_BS).sum().backward()
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_copy_after_a_forward(kind: dict) -> None:
+    model = tiny_model().train()
+    add_filled(model, lora_dropout=0.0, **kind)
+    model(some_tokens(1, 4))
+    twin = copy.deepcopy(model).eval()
+    assert torch.equal(twin(some_tokens(2, 5)), model.eval()(some_tokens(2, 5)))
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_inference_mode_may_end(kind: dict) -> None:
+    """A cache filled within it serves outside of it; an adapter made within it works."""
+    model = tiny_model()
+    add_filled(model, **kind)
+    tokens_BS = some_tokens(2, 8)
+    with torch.no_grad():
+        wanted = model(tokens_BS)
+    cache = model.new_cache(2, 8)
+    with torch.inference_mode():
+        model(tokens_BS[:, :5], cache=cache)
+    with torch.no_grad():
+        assert_close(model(tokens_BS[:, 5:], cache=cache), wanted[:, 5:])
+    with torch.inference_mode():
+        model = tiny_model()
+        add_filled(model, **kind)
+        assert torch.equal(model(tokens_BS), wanted)
+        fill(adapter_parameters(model), seed=9)
+        assert not torch.equal(model(tokens_BS), wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", ["loramoe", "mola"])
+def test_dropout_of_plugged_mixtures_is_in_training_alone(strategy: str) -> None:
+    block = make_block(strategy, lora_dropout=0.5)
+    x_BSD = normal(2, 9, D)
+    torch.manual_seed(0)
+    first, second = (block.train().ffn(x_BSD, context(x_BSD)) for _ in range(2))
+    assert not torch.equal(first, second)
+    first, second = (block.eval().ffn(x_BSD, context(x_BSD)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@torch.no_grad()
+def test_routing_of_switch_covers_rows_that_are_not_adjacent() -> None:
+    model = tiny_model()
+    add_filled(model, "m", **KINDS["mixlora-switch"])
+    model(some_tokens(4, 9), adapters=["m", None, "m", "m"])
+    for routing in model.routing("m"):
+        skipped_T = routing.skip_T > 0
+        assert skipped_T.shape == (27,) and skipped_T.any()
+        assert torch.equal(skipped_T, routing.expert_TK[:, 0] < 0)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from mixlora import ops
 from mixlora.layers.context import ForwardContext, Sequences, Span
-from mixlora.layers.router import Router, TopKRouter, load_balance_loss
+from mixlora.layers.router import ROUTERS, Router, TopKRouter, load_balance_loss
 from tests.numerics import assert_close
 from tests.tiny import MIXLORA, add_filled, normal, padded, some_tokens, tiny_model
 
@@ -171,3 +171,36 @@ def test_loss_of_several_adapters_is_their_sum() -> None:
     assert a > 0.4 and b > 1.6
     assert_close(model.router_loss(), a + b)
     assert model.routing("none") == []
+
+
+@pytest.mark.parametrize(
+    "strategy, std",
+    [
+        ("mixlora", 0.02),
+        ("mixlora-dynamic", 0.02),
+        ("mixlora-switch", 1.0),
+        ("loramoe", (2 / 6 / 400) ** 0.5),  # kaiming uniform, a = sqrt(5)
+        ("mola", (2 / 6 / 400) ** 0.5),
+    ],
+)
+def test_initial_weights(strategy: str, std: float) -> None:
+    torch.manual_seed(0)
+    router = ROUTERS[strategy](400, 50)
+    assert router.weight.std().item() == pytest.approx(std, rel=0.03)
+    assert getattr(router, "jitter_noise", 0) == (0.01 if strategy == "mixlora-switch" else 0)
+
+
+def test_router_of_a_model_cast_to_bf16_computes_in_fp32() -> None:
+    router = TopKRouter(64, 4, router_init_range=1.0).bfloat16()
+    x_TD = normal(50, 64, dtype=torch.bfloat16)
+    wanted = ops.topk_router(x_TD.float() @ router.weight.float().T, 2)
+    assert torch.equal(router(x_TD, SEQUENCES).weight_TK, wanted.weight_TK)
+
+
+def test_sums_count_what_the_router_wished() -> None:
+    """Also the tokens that an expert has no room for; probabilities before the temperature."""
+    x_TD = normal(20, 6, dtype=torch.float32)
+    switch = ROUTERS["mixlora-switch"](6, 4, expert_capacity=1).eval()(x_TD, SEQUENCES)
+    assert (switch.expert_TK < 0).any() and switch.count_E.sum() == 20
+    dynamic = ROUTERS["mixlora-dynamic"](6, 4, temperature=3.0)(x_TD, SEQUENCES)
+    assert_close(dynamic.prob_E.sum(), torch.tensor(20.0))
