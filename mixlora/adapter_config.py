@@ -229,7 +229,9 @@ class AdapterConfig:
         if "routing_strategy" in kept:
             kept["routing_strategy"] = modern(kept["routing_strategy"], LEGACY_STRATEGIES)
         if isinstance(kept.get("target_modules"), dict):  # mLoRA's form: {"q_proj": true, ...}
-            kept["target_modules"] = [key for key, on in kept["target_modules"].items() if on]
+            kept["target_modules"] = [
+                key for key, on in kept["target_modules"].items() if on is True
+            ]
         if isinstance(kept.get("target_modules"), list):
             kept["target_modules"] = [modern(x, LEGACY_TARGETS) for x in kept["target_modules"]]
         for part in (kept, kept.get("expert_lora")):

@@ -172,6 +172,7 @@ def merge(model: AdaptedModel, name: str = "default") -> float:
         ends = sorted({path.rpartition(".")[2] for path in kept})
         is_short = all(path in kept for path in _sites(model) if path.rpartition(".")[2] in ends)
         values = {**config.to_dict(), "target_modules": ends if is_short else sorted(kept)}
+        del values["base_model_name_or_path"]  # what it is made for is the merged base
         model.adapter_configs[name] = AdapterConfig.from_dict(values)
     else:  # with it go routers of no experts: the difference below is what that makes, too
         remove_adapter(model, name)

@@ -102,6 +102,7 @@ def save(model: AdaptedModel, directory: str | Path) -> None:
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     config = read_json(model.folder / "config.json")
     write_json(directory / "config.json", {**config, "torch_dtype": dtype, "dtype": dtype})
+    model.name_or_path, model.folder = str(directory), directory
 
 
 def new(config: dict, seed: int = 0) -> AdaptedModel:

@@ -57,8 +57,9 @@ class AdaptedModel(nn.Module):
                 raise InputError(f"{name} must be bool, got {x_BS.dtype}")
         if adapters is None:
             spans = (Span(self.active_adapter, 0, B),)
-        elif len(adapters) != B:
-            raise InputError(f"adapters must name an adapter for {B} rows, got {len(adapters)}")
+        elif isinstance(adapters, str) or len(adapters) != B:
+            got = repr(adapters) if isinstance(adapters, str) else len(adapters)
+            raise InputError(f"adapters must be {B} names, one for each row, got {got}")
         else:
             spans = spans_of(adapters)
         for name in {span.name for span in spans} - {None, *self.adapter_configs}:

@@ -136,8 +136,8 @@ def compare(block: Block, strategy: str, x_BSD: Tensor) -> None:
     found, wanted = (
         torch.autograd.grad(y, inputs, dy_BSD, materialize_grads=True) for y in (y_BSD, wanted_BSD)
     )
-    for name, a, b in zip(["x", *parameters], found, wanted, strict=True):
-        assert_close(a, b, rel=1e-9), name
+    for a, b in zip(found, wanted, strict=True):
+        assert_close(a, b, rel=1e-9)
     moved = {name for name, d in zip(["x", *parameters], wanted, strict=True) if d.any()}
     assert {"x"} < moved
 
@@ -172,8 +172,8 @@ def test_dynamic(top_p: float, temperature: float) -> None:
     kept_T = (routing.expert_TK >= 0).sum(-1)
     if top_p == 0.01:
         assert (kept_T == 1).all()
-    if top_p == 1.0 or (temperature == 3.0 and top_p > 0.4):
-        assert (kept_T == (E if temperature != 0.5 else kept_T)).all()
+    if temperature == 3.0 and top_p > 0.4 or temperature == 0.0 and top_p == 1.0:
+        assert (kept_T == E).all()  # the probabilities' sum never passes it
     assert_close(routing.count_E.sum(), kept_T.sum().double())
 
 

@@ -475,7 +475,8 @@ def test_recomputed_block_keeps_its_experts(monkeypatch) -> None:
         ({"mask_BS": torch.ones(2, 5)}, "mask_BS must be bool, got torch.float32"),
         ({"mask_BS": torch.ones(2, 4, dtype=torch.bool)}, r"mask_BS must be \[B, S\] = \[2, 5\]"),
         ({"labels_BS": torch.ones(5)}, r"labels_BS must be \[B, S\] = \[2, 5\], got \[5\]"),
-        ({"adapters": ["a"]}, "adapters must name an adapter for 2 rows, got 1"),
+        ({"adapters": ["a"]}, "adapters must be 2 names, one for each row, got 1"),
+        ({"adapters": "ab"}, "adapters must be 2 names, one for each row, got 'ab'"),
         ({"adapters": ["a", None]}, "the model has no adapter named 'a'"),
     ],
 )
