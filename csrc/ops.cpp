@@ -11,6 +11,24 @@ STABLE_TORCH_LIBRARY(mixlora, m) {
   m.def(
       "moe_sort(Tensor expert_TK, int num_experts) -> (Tensor expert_start_E1, "
       "Tensor row_slot_N, Tensor slot_row_TK, Tensor token_order_T)");
+
+  // Tokens to routed rows, and back as a sum over a token's slots.
+  m.def("moe_gather(Tensor x_TD, Tensor row_slot_N, Tensor slot_row_TK) -> Tensor");
+  m.def(
+      "moe_scatter(Tensor y_ND, Tensor row_slot_N, Tensor slot_row_TK, Tensor? weight_TK) -> "
+      "Tensor");
+  m.def(
+      "moe_scatter_backward(Tensor dy_TD, Tensor y_ND, Tensor row_slot_N, Tensor slot_row_TK, "
+      "Tensor weight_TK) -> (Tensor dy_ND, Tensor dweight_TK)");
+
+  // A router's choice of experts, their weights, and the sums of its losses.
+  m.def(
+      "topk_router(Tensor logits_TE, int top_k, Tensor? mask_T, Tensor? expert_TK) -> "
+      "(Tensor expert_TK, Tensor weight_TK, Tensor count_E, Tensor prob_E, Tensor entropy, "
+      "Tensor z, Tensor num_tokens)");
+  m.def(
+      "topk_router_backward(Tensor dweight_TK, Tensor dprob_E, Tensor dz, Tensor logits_TE, "
+      "Tensor expert_TK, Tensor? mask_T) -> Tensor");
 }
 
 namespace py = pybind11;
