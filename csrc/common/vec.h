@@ -171,17 +171,25 @@ void with_type(Dtype dtype, const Body& body) {
   }
 }
 
-// The sum of the lanes, in a fixed order.
-template <class V>
-INLINE auto sum(V x) {
+// All lanes as one by op(a, b), in a fixed order.
+template <class V, class Op>
+INLINE auto reduce(V x, const Op& op) {
   using S = std::remove_cvref_t<decltype(x[0])>;
   constexpr int kLanes = kVectorBytes / sizeof(S);
   S lanes[kLanes];
   memcpy(lanes, &x, sizeof x);
   for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    for (int i = 0; i < width; ++i) lanes[i] = op(lanes[i], lanes[i + width]);
   }
   return lanes[0];
+}
+template <class V>
+INLINE auto sum(V x) {
+  return reduce(x, [](auto a, auto b) { return a + b; });
+}
+template <class V>
+INLINE auto max(V x) {
+  return reduce(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // e^x, clamped to what a normal number holds; within 2 units in the last place.

@@ -28,50 +28,50 @@ struct Token {
 
   int64_t E, padded;
   std::vector<S> logit_E, prob_E;
-  std::vector<char> is_chosen_E;
   S logsumexp, entropy;
 
   explicit Token(int64_t E)
       : E(E),
         padded((E + kWidth<T> - 1) / kWidth<T> * kWidth<T>),
         logit_E(padded, -std::numeric_limits<S>::infinity()),
-        prob_E(padded),
-        is_chosen_E(E) {}
+        prob_E(padded) {}
 
-  // With shifted = logit - max: prob = e^shifted / total, and because -log prob is
+  // With shifted = logit - largest: prob = e^shifted / total, and because -log prob is
   // log total - shifted, the entropy needs one logarithm.
   void read(const T* row_E) {
     for_each_vector<T>(
         E, [&](int64_t e, auto n) { store_part(&logit_E[e], load_part(row_E + e, n), n); });
-    const S max = *std::max_element(logit_E.begin(), logit_E.end());
+    V max_V = load(&logit_E[0]);
+    for (int64_t e = kWidth<T>; e < padded; e += kWidth<T>) {
+      const V logit = load(&logit_E[e]);
+      max_V = logit > max_V ? logit : max_V;
+    }
+    const S largest = max(max_V);
     const V low = splat(S(sizeof(S) == 4 ? -87 : -708));  // e^x of less counts as 0
     V total_V{}, moment_V{};
     for (int64_t e = 0; e < padded; e += kWidth<T>) {
-      const V shifted = load(&logit_E[e]) - splat(max);
+      const V shifted = load(&logit_E[e]) - splat(largest);
       const V raised = shifted < low ? V{} : exp(shifted);
       total_V += raised;
       moment_V += raised * (shifted < low ? low : shifted);
       store(&prob_E[e], raised);
     }
-    const S total = sum(total_V);
+    const S total = sum(total_V), log_total = std::log(total);
     for (S& prob : prob_E) prob /= total;
-    logsumexp = max + std::log(total);
-    entropy = std::log(total) - sum(moment_V) / total;
+    logsumexp = largest + log_total;
+    entropy = log_total - sum(moment_V) / total;
   }
 
-  // The K largest logits, the first of equals, in ascending order.
-  void choose(int64_t K, int32_t* expert_K) {
-    std::fill(is_chosen_E.begin(), is_chosen_E.end(), 0);
-    for (int64_t k = 0; k < K; ++k) {
-      int64_t best = std::find(is_chosen_E.begin(), is_chosen_E.end(), 0) - is_chosen_E.begin();
-      for (int64_t e = best + 1; e < E; ++e) {
-        if (!is_chosen_E[e] && above(logit_E[e], logit_E[best])) best = e;
-      }
-      is_chosen_E[best] = 1;
-    }
+  // The K largest logits, the first of equals: by insertion, then in ascending order.
+  void choose(int64_t K, int32_t* expert_K) const {
     for (int64_t e = 0; e < E; ++e) {
-      if (is_chosen_E[e]) *expert_K++ = e;
+      int64_t k = std::min(e, K);
+      for (; k > 0 && above(logit_E[e], logit_E[expert_K[k - 1]]); --k) {
+        if (k < K) expert_K[k] = expert_K[k - 1];
+      }
+      if (k < K) expert_K[k] = e;
     }
+    std::sort(expert_K, expert_K + K);
   }
 
   void weigh(int64_t K, const int32_t* expert_K, S* weight_K) const {
