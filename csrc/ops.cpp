@@ -21,11 +21,12 @@ STABLE_TORCH_LIBRARY(mixlora, m) {
       "moe_scatter_backward(Tensor dy_TD, Tensor y_ND, Tensor row_slot_N, Tensor slot_row_TK, "
       "Tensor weight_TK) -> (Tensor dy_ND, Tensor dweight_TK)");
 
-  // A router's choice of experts, their weights, and the sums of its losses.
+  // A router's choice of experts, their weights, and the sums of its losses; what has a gradient
+  // comes first.
   m.def(
       "topk_router(Tensor logits_TE, int top_k, Tensor? mask_T, Tensor? expert_TK) -> "
-      "(Tensor expert_TK, Tensor weight_TK, Tensor count_E, Tensor prob_E, Tensor entropy, "
-      "Tensor z, Tensor num_tokens)");
+      "(Tensor weight_TK, Tensor prob_E, Tensor z, Tensor expert_TK, Tensor count_E, "
+      "Tensor entropy, Tensor num_tokens)");
   m.def(
       "topk_router_backward(Tensor dweight_TK, Tensor dprob_E, Tensor dz, Tensor logits_TE, "
       "Tensor expert_TK, Tensor? mask_T) -> Tensor");

@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_router(
     .E = E,
     .K = K,
     .dtype = dtype});
-  return {chosen_TK, weight_TK, count_E, prob_E, entropy, z, num_tokens};
+  return {weight_TK, prob_E, z, chosen_TK, count_E, entropy, num_tokens};
 }
 
 Tensor topk_router_backward(const Tensor& dweight_TK,

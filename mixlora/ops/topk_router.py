@@ -48,7 +48,9 @@ def topk_router(
         raise ValueError(f"topk_router: top_k must be in [1, {E}], got {top_k}")
     if use_reference():
         return topk_router_ref(logits_TE, top_k, mask_T, expert_TK)
-    return Routing(*torch.ops.mixlora.topk_router(logits_TE, top_k, mask_T, expert_TK))
+    outputs = torch.ops.mixlora.topk_router(logits_TE, top_k, mask_T, expert_TK)
+    weight_TK, prob_E, z, expert_TK, count_E, entropy, num_tokens = outputs
+    return Routing(expert_TK, weight_TK, count_E, prob_E, entropy, z, num_tokens)
 
 
 def topk_router_ref(
@@ -88,9 +90,11 @@ def _(
 ) -> tuple[Tensor, ...]:
     T, E = logits_TE.shape
     wide = torch.promote_types(logits_TE.dtype, torch.float32)
-    sizes = (T, top_k), (E,), (E,), (), (), ()
-    expert_TK = logits_TE.new_empty((T, top_k), dtype=torch.int32)
-    return expert_TK, *(logits_TE.new_empty(size, dtype=wide) for size in sizes)
+    sizes = (T, top_k), (E,), (), (T, top_k), (E,), (), ()
+    dtypes = wide, wide, wide, torch.int32, wide, wide, wide
+    return tuple(
+        logits_TE.new_empty(size, dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=True)
+    )
 
 
 @torch.library.register_fake("mixlora::topk_router_backward")
@@ -107,12 +111,12 @@ def _(
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
     logits_TE, _, mask_T, _ = inputs
-    expert_TK, _, count_E, _, entropy, _, num_tokens = output
-    ctx.mark_non_differentiable(expert_TK, count_E, entropy, num_tokens)
+    _, _, _, expert_TK, *sums = output
+    ctx.mark_non_differentiable(expert_TK, *sums)
     ctx.save_for_backward(logits_TE, expert_TK, mask_T)
 
 
-def _backward(ctx, _expert, dweight_TK: Tensor, _count, dprob_E: Tensor, _entropy, dz, _num):
+def _backward(ctx, dweight_TK: Tensor, dprob_E: Tensor, dz: Tensor, *_) -> tuple:
     grads = dweight_TK, dprob_E, dz
     dlogits_TE = torch.ops.mixlora.topk_router_backward(*grads, *ctx.saved_tensors)
     return dlogits_TE, None, None, None
