@@ -72,9 +72,11 @@ void scatter_backward(const MoeScatterBackwardParams& p) {
                                                 dy_ND + row * p.D);
     }
   });
-  for (int64_t n = 0; n < p.T * p.K; ++n) {
-    if (p.row_slot_N[n] < 0) memset(dy_ND + n * p.D, 0, p.D * sizeof(T));
-  }
+  parallel_chunks(p.T * p.K, rows_per_chunk(p.D), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      if (p.row_slot_N[n] < 0) memset(dy_ND + n * p.D, 0, p.D * sizeof(T));
+    }
+  });
 }
 
 }  // namespace

@@ -12,6 +12,7 @@ atomics: a token knows its K rows. Without weights they are 1, and dy_ND is moe_
 import torch
 from torch import Tensor
 
+from mixlora.ops._once import no_second_derivative
 from mixlora.ops._switch import use_reference
 from mixlora.ops.moe_sort import Plan
 
@@ -59,3 +60,4 @@ def _backward(ctx, dy_TD: Tensor) -> tuple:
 
 
 torch.library.register_autograd("mixlora::moe_scatter", _backward, setup_context=_setup_context)
+no_second_derivative("moe_scatter_backward")

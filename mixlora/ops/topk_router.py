@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mixlora.ops._once import no_second_derivative
 from mixlora.ops._switch import use_reference
 
 
@@ -123,3 +124,4 @@ def _backward(ctx, dweight_TK: Tensor, dprob_E: Tensor, dz: Tensor, *_) -> tuple
 
 
 torch.library.register_autograd("mixlora::topk_router", _backward, setup_context=_setup_context)
+no_second_derivative("topk_router_backward")

@@ -44,6 +44,7 @@ def test_gradient(T: int, K: int, E: int, load: str) -> None:
     assert_close(dx_TD, wanted_TD)
     if 0 < T <= 30:
         assert torch.autograd.gradcheck(lambda x_TD: ops.moe_gather(x_TD, plan), x_TD)
+        assert torch.autograd.gradgradcheck(lambda x_TD: ops.moe_gather(x_TD, plan), x_TD)
 
 
 def test_example_of_the_docstring() -> None:

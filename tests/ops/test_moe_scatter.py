@@ -142,6 +142,14 @@ def test_every_16_bit_number_and_what_rounds_to_it(dtype: torch.dtype) -> None:
     assert torch.equal(found.nan_to_num(7.0), wanted_T.nan_to_num(7.0)[:, None].expand(-1, 17))
 
 
+def test_second_derivative_is_an_error() -> None:
+    y_ND, plan, weight_TK = inputs(*ROUTINGS["uniform"], True)
+    y_TD = ops.moe_scatter(y_ND.requires_grad_(), plan, weight_TK.requires_grad_())
+    (dy_ND,) = torch.autograd.grad((y_TD**2).sum(), y_ND, create_graph=True)
+    with pytest.raises(RuntimeError, match="^moe_scatter_backward has no derivative of its own"):
+        dy_ND.sum().backward()
+
+
 def test_terms_are_added_in_slot_order() -> None:
     """(1e8 + 1) - 1e8 is 0 in fp32, and 1e8 - 1e8 + 1 is 1."""
     plan = ops.moe_sort(torch.tensor([[2, 1, 0], [0, 1, 2]], dtype=torch.int32), 3)

@@ -134,6 +134,14 @@ def test_gradients(T: int, E: int, K: int, padding: bool) -> None:
         assert not dlogits_TE[1].any() and dlogits_TE[0].any()
 
 
+def test_second_derivative_is_an_error() -> None:
+    logits_TE = random_logits(7, 5).requires_grad_()
+    z = ops.topk_router(logits_TE, 2).z
+    (dlogits_TE,) = torch.autograd.grad(z, logits_TE, create_graph=True)
+    with pytest.raises(RuntimeError, match="^topk_router_backward has no derivative of its own"):
+        dlogits_TE.sum().backward()
+
+
 def everything(op, logits_TE: Tensor, K: int, mask_T: Tensor | None = None) -> list[Tensor]:
     """The routing and the gradient of all that has one, with different weights for each."""
     logits_TE = logits_TE.detach().requires_grad_()
