@@ -18,13 +18,13 @@ Tensor moe_gather(const Tensor& x_TD, const Tensor& row_slot_N, const Tensor& sl
 
   const Tensor x = torch::stable::contiguous(x_TD);
   Tensor x_ND = torch::stable::new_empty(x, {plan.N, D});
-  CPU_KERNEL(moe_gather_cpu)
-  ({.x_TD = static_cast<const char*>(x.const_data_ptr()),
-    .row_slot_N = plan.row_slot_N.const_data_ptr<int32_t>(),
-    .x_ND = static_cast<char*>(x_ND.mutable_data_ptr()),
-    .N = plan.N,
-    .K = plan.K,
-    .row_bytes = D * num_bytes(dtype)});
+  const MoeGatherParams params{.x_TD = static_cast<const char*>(x.const_data_ptr()),
+                               .row_slot_N = plan.row_slot_N.const_data_ptr<int32_t>(),
+                               .x_ND = static_cast<char*>(x_ND.mutable_data_ptr()),
+                               .N = plan.N,
+                               .K = plan.K,
+                               .row_bytes = D * num_bytes(dtype)};
+  CPU_KERNEL(moe_gather_cpu)(params);
   return x_ND;
 }
 

@@ -41,15 +41,15 @@ Tensor moe_scatter(const Tensor& y_ND,
 
   const Tensor y = torch::stable::contiguous(y_ND);
   Tensor y_TD = torch::stable::new_empty(y, {T, D});
-  CPU_KERNEL(moe_scatter_cpu)
-  ({.y_ND = y.const_data_ptr(),
-    .slot_row_TK = plan.slot_row_TK.const_data_ptr<int32_t>(),
-    .weight_TK = weight ? weight->const_data_ptr() : nullptr,
-    .y_TD = y_TD.mutable_data_ptr(),
-    .T = T,
-    .K = K,
-    .D = D,
-    .dtype = dtype});
+  const MoeScatterParams params{.y_ND = y.const_data_ptr(),
+                                .slot_row_TK = plan.slot_row_TK.const_data_ptr<int32_t>(),
+                                .weight_TK = weight ? weight->const_data_ptr() : nullptr,
+                                .y_TD = y_TD.mutable_data_ptr(),
+                                .T = T,
+                                .K = K,
+                                .D = D,
+                                .dtype = dtype};
+  CPU_KERNEL(moe_scatter_cpu)(params);
   return y_TD;
 }
 
@@ -70,18 +70,18 @@ std::tuple<Tensor, Tensor> moe_scatter_backward(const Tensor& dy_TD,
   const Tensor y = torch::stable::contiguous(y_ND), dy = torch::stable::contiguous(dy_TD);
   Tensor dy_ND = torch::stable::new_empty(y, {N, D});
   Tensor dweight_TK = torch::stable::new_empty(weight, {T, K});
-  CPU_KERNEL(moe_scatter_backward_cpu)
-  ({.dy_TD = dy.const_data_ptr(),
-    .y_ND = y.const_data_ptr(),
-    .row_slot_N = plan.row_slot_N.const_data_ptr<int32_t>(),
-    .slot_row_TK = plan.slot_row_TK.const_data_ptr<int32_t>(),
-    .weight_TK = weight.const_data_ptr(),
-    .dy_ND = dy_ND.mutable_data_ptr(),
-    .dweight_TK = dweight_TK.mutable_data_ptr(),
-    .T = T,
-    .K = K,
-    .D = D,
-    .dtype = dtype});
+  const MoeScatterBackwardParams params{.dy_TD = dy.const_data_ptr(),
+                                        .y_ND = y.const_data_ptr(),
+                                        .row_slot_N = plan.row_slot_N.const_data_ptr<int32_t>(),
+                                        .slot_row_TK = plan.slot_row_TK.const_data_ptr<int32_t>(),
+                                        .weight_TK = weight.const_data_ptr(),
+                                        .dy_ND = dy_ND.mutable_data_ptr(),
+                                        .dweight_TK = dweight_TK.mutable_data_ptr(),
+                                        .T = T,
+                                        .K = K,
+                                        .D = D,
+                                        .dtype = dtype};
+  CPU_KERNEL(moe_scatter_backward_cpu)(params);
   return {dy_ND, torch::stable::to(dweight_TK, weight_TK.scalar_type())};
 }
 

@@ -52,21 +52,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_router(
   Tensor entropy = torch::stable::new_empty(logits, {}, wide);
   Tensor z = torch::stable::new_empty(logits, {}, wide);
   Tensor num_tokens = torch::stable::new_empty(logits, {}, wide);
-  CPU_KERNEL(topk_router_cpu)
-  ({.logits_TE = logits.const_data_ptr(),
-    .mask_T = mask_pointer(mask),
-    .given_TK = given ? given->const_data_ptr<int32_t>() : nullptr,
-    .expert_TK = chosen_TK.mutable_data_ptr<int32_t>(),
-    .weight_TK = weight_TK.mutable_data_ptr(),
-    .count_E = count_E.mutable_data_ptr(),
-    .prob_E = prob_E.mutable_data_ptr(),
-    .entropy = entropy.mutable_data_ptr(),
-    .z = z.mutable_data_ptr(),
-    .num_tokens = num_tokens.mutable_data_ptr(),
-    .T = T,
-    .E = E,
-    .K = K,
-    .dtype = dtype});
+  const TopkRouterParams params{.logits_TE = logits.const_data_ptr(),
+                                .mask_T = mask_pointer(mask),
+                                .given_TK = given ? given->const_data_ptr<int32_t>() : nullptr,
+                                .expert_TK = chosen_TK.mutable_data_ptr<int32_t>(),
+                                .weight_TK = weight_TK.mutable_data_ptr(),
+                                .count_E = count_E.mutable_data_ptr(),
+                                .prob_E = prob_E.mutable_data_ptr(),
+                                .entropy = entropy.mutable_data_ptr(),
+                                .z = z.mutable_data_ptr(),
+                                .num_tokens = num_tokens.mutable_data_ptr(),
+                                .T = T,
+                                .E = E,
+                                .K = K,
+                                .dtype = dtype};
+  CPU_KERNEL(topk_router_cpu)(params);
   return {weight_TK, prob_E, z, chosen_TK, count_E, entropy, num_tokens};
 }
 
@@ -93,18 +93,18 @@ Tensor topk_router_backward(const Tensor& dweight_TK,
   const Tensor dweight = torch::stable::contiguous(dweight_TK);
   const Tensor dprob = torch::stable::contiguous(dprob_E);
   Tensor dlogits_TE = torch::stable::new_empty(logits, {T, E});
-  CPU_KERNEL(topk_router_backward_cpu)
-  ({.dweight_TK = dweight.const_data_ptr(),
-    .dprob_E = dprob.const_data_ptr(),
-    .dz = dz.const_data_ptr(),
-    .logits_TE = logits.const_data_ptr(),
-    .expert_TK = expert.const_data_ptr<int32_t>(),
-    .mask_T = mask_pointer(mask),
-    .dlogits_TE = dlogits_TE.mutable_data_ptr(),
-    .T = T,
-    .E = E,
-    .K = K,
-    .dtype = dtype});
+  const TopkRouterBackwardParams params{.dweight_TK = dweight.const_data_ptr(),
+                                        .dprob_E = dprob.const_data_ptr(),
+                                        .dz = dz.const_data_ptr(),
+                                        .logits_TE = logits.const_data_ptr(),
+                                        .expert_TK = expert.const_data_ptr<int32_t>(),
+                                        .mask_T = mask_pointer(mask),
+                                        .dlogits_TE = dlogits_TE.mutable_data_ptr(),
+                                        .T = T,
+                                        .E = E,
+                                        .K = K,
+                                        .dtype = dtype};
+  CPU_KERNEL(topk_router_backward_cpu)(params);
   return dlogits_TE;
 }
 
