@@ -12,6 +12,25 @@ STABLE_TORCH_LIBRARY(mixlora, m) {
       "moe_sort(Tensor expert_TK, int num_experts) -> (Tensor expert_start_E1, "
       "Tensor row_slot_N, Tensor slot_row_TK, Tensor token_order_T)");
 
+  // Tokens to routed rows, and back as a sum over a token's slots.
+  m.def("moe_gather(Tensor x_TD, Tensor row_slot_N, Tensor slot_row_TK) -> Tensor");
+  m.def(
+      "moe_scatter(Tensor y_ND, Tensor row_slot_N, Tensor slot_row_TK, Tensor? weight_TK) -> "
+      "Tensor");
+  m.def(
+      "moe_scatter_backward(Tensor dy_TD, Tensor y_ND, Tensor row_slot_N, Tensor slot_row_TK, "
+      "Tensor weight_TK) -> (Tensor dy_ND, Tensor dweight_TK)");
+
+  // A router's choice of experts, their weights, and the sums of its losses; what has a gradient
+  // comes first.
+  m.def(
+      "topk_router(Tensor logits_TE, int top_k, Tensor? mask_T, Tensor? expert_TK) -> "
+      "(Tensor weight_TK, Tensor prob_E, Tensor z, Tensor expert_TK, Tensor count_E, "
+      "Tensor entropy, Tensor num_tokens)");
+  m.def(
+      "topk_router_backward(Tensor dweight_TK, Tensor dprob_E, Tensor dz, Tensor logits_TE, "
+      "Tensor expert_TK, Tensor? mask_T) -> Tensor");
+
   // The mixture between the frozen projections: every token's experts, summed before W2.
 #define SHARED_GLU                                                                           \
   "Tensor gate_TF, Tensor up_TF, Tensor? a_gate_TKR, Tensor? a_up_TKR, Tensor? b_gate_EFR, " \

@@ -5,6 +5,8 @@
 //   CHECK_SHAPE("foo", lora_a, E, R, I)          foo: lora_a must be [E, R, I] = [8, 16, 64],
 //                                                got [8, 16, 32]
 //   CHECK("foo", K >= 1, "K must be at least 1, got ", K)
+//   FLOAT_DTYPE("foo", x_TD)                     foo: x_TD must be float64, float32, bfloat16 or
+//                                                float16, got int64; returns which
 //
 // CHECK_DIMS fixes the number of dimensions only, and comes before the letters are read from the
 // sizes; the letters of CHECK_SHAPE are variables that hold the sizes wanted.
@@ -18,6 +20,8 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "common/dtype.h"
 
 namespace mixlora {
 
@@ -63,6 +67,47 @@ template <class... Parts>
   throw std::runtime_error(message.str());
 }
 
+inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType wanted) {
+  const ScalarType got = tensor.scalar_type();
+  if (got == wanted) return;
+  fail(op, ": ", name, " must be ", dtype_name(wanted), ", got ", dtype_name(got));
+}
+
+inline Dtype float_dtype(const char* op, const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return Dtype::kFloat64;
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return Dtype::kBfloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      fail(op,
+           ": ",
+           name,
+           " must be float64, float32, bfloat16 or float16, got ",
+           dtype_name(tensor.scalar_type()));
+  }
+}
+
+// What a kernel computes in: fp64 for fp64, fp32 for all others.
+inline ScalarType wide_dtype(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+// `indices` is int32, contiguous and on the CPU.
+inline void check_indices(
+    const char* op, const char* name, const Tensor& indices, int64_t low, int64_t end) {
+  const int32_t* first = indices.const_data_ptr<int32_t>();
+  const int32_t* last = first + indices.numel();
+  const auto outside = [&](int32_t index) { return index < low || index >= end; };
+  const int32_t* bad = std::find_if(first, last, outside);
+  if (bad == last) return;
+  fail(op, ": ", name, " must be in [", low, ", ", end, "), got ", *bad, " at ", bad - first);
+}
+
 }  // namespace mixlora
 
 #define CHECK(op, condition, ...)                           \
@@ -70,13 +115,10 @@ template <class... Parts>
     if (!(condition)) mixlora::fail(op, ": ", __VA_ARGS__); \
   } while (0)
 
-#define CHECK_DTYPE(op, tensor, dtype)                                  \
-  CHECK(op,                                                             \
-        (tensor).scalar_type() == torch::headeronly::ScalarType::dtype, \
-        #tensor " must be ",                                            \
-        mixlora::dtype_name(torch::headeronly::ScalarType::dtype),      \
-        ", got ",                                                       \
-        mixlora::dtype_name((tensor).scalar_type()))
+#define CHECK_DTYPE(op, tensor, dtype) \
+  mixlora::check_dtype(op, #tensor, tensor, torch::headeronly::ScalarType::dtype)
+
+#define FLOAT_DTYPE(op, tensor) mixlora::float_dtype(op, #tensor, tensor)
 
 #define CHECK_DIMS(op, tensor, ...)                                  \
   CHECK(op,                                                          \

@@ -4,6 +4,7 @@
 // that is what makes results equal to the bit for any number of threads.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 // As in torch/csrc/stable/c/shim.h.
@@ -22,6 +23,18 @@ void parallel_for(int64_t count, const Body& body) {
     for (int64_t i = begin; i < end; ++i) (*static_cast<const Body*>(context))(i);
   };
   torch_parallel_for(0, count, 1, run, const_cast<Body*>(&body));
+}
+
+// Calls body(begin, end) for each chunk of `size` items of [0, count); the last may be shorter.
+template <class Body>
+void parallel_chunks(int64_t count, int64_t size, const Body& body) {
+  parallel_for((count + size - 1) / size,
+               [&](int64_t chunk) { body(chunk * size, std::min(count, (chunk + 1) * size)); });
+}
+
+// How many rows of so many elements make a chunk long enough to pay for waking a thread.
+inline int64_t rows_per_chunk(int64_t row_elements) {
+  return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, row_elements));
 }
 
 }  // namespace mixlora

@@ -1,17 +1,25 @@
 // Vectors of the compiler's own kind (GCC and clang), as wide as the instruction set that the file
 // is compiled for: +, -, *, / and comparisons work on them, and a * b + c becomes one instruction.
 //
-// Numbers are stored as float, double or Bf16 and computed as float or double:
+// Numbers are stored as float, double, Bf16 or Fp16 and computed as float or double:
 //
 //   using V = Vec<Wide<T>>;                        T = Bf16: V is kWidth<float> floats
 //   V x = load(p);  store(q, x * x + splat(2.f));     p, q point to T, wherever they point
-//   load_part(p, n), store_part(p, x, n)            the first n < kWidth; the rest is 0, or kept
+//   load_part(p, n), store_part(p, x, n)            the first n <= kWidth; the rest is 0, or kept
+//   for_each_vector<T>(D, [&](int64_t d, auto n) {  elements d .. d + n - 1 of D: n is the constant
+//     ... load_part(p + d, n) ...                   kWidth<T>, and less for what is left at the end
+//   });
+//   with_type(dtype, [&](auto zero) {               calls it for the type that dtype names
+//     using T = decltype(zero);
+//   });
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+
+#include "common/dtype.h"
 
 namespace mixlora::MIXLORA_ISA {
 
@@ -26,9 +34,12 @@ inline constexpr int kVectorBytes = 16;
 struct Bf16 {
   uint16_t bits;
 };
+struct Fp16 {
+  uint16_t bits;
+};
 
 template <class T>
-using Wide = std::conditional_t<std::is_same_v<T, Bf16>, float, T>;
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <class T>
 inline constexpr int kWidth = kVectorBytes / sizeof(Wide<T>);
@@ -89,6 +100,17 @@ INLINE Vec<float> load(const Bf16* p) {
   const Bits32 bits = __builtin_convertvector(narrow_bits, Bits32) << 16;
   return (Vec<float>)bits;
 }
+// What is below 2^-14 has no leading one: it counts units of 2^-24.
+INLINE Vec<float> load(const Fp16* p) {
+  Bits16 narrow_bits;
+  memcpy(&narrow_bits, p, sizeof narrow_bits);
+  const Bits32 bits = __builtin_convertvector(narrow_bits, Bits32);
+  const Bits32 sign = (bits & 0x8000) << 16, size = bits & 0x7fff;
+  const Bits32 small = (Bits32)(__builtin_convertvector((Ints)size, Vec<float>) * 0x1p-24f);
+  const Bits32 normal = (size << 13) + (112 << 23);
+  const Bits32 infinite_or_nan = normal + (112 << 23);
+  return (Vec<float>)(sign | (size < 0x400 ? small : size < 0x7c00 ? normal : infinite_or_nan));
+}
 
 INLINE void store(float* p, Vec<float> x) { memcpy(p, &x, sizeof x); }
 INLINE void store(double* p, Vec<double> x) { memcpy(p, &x, sizeof x); }
@@ -98,6 +120,18 @@ INLINE void store(Bf16* p, Vec<float> x) {
   const Bits32 is_nan = (Bits32)(x != x);
   const Bits32 chosen = (is_nan & ((bits >> 16) | 0x40)) | (~is_nan & rounded);
   const Bits16 narrow_bits = __builtin_convertvector(chosen, Bits16);
+  memcpy(p, &narrow_bits, sizeof narrow_bits);
+}
+// Below 2^-14, adding 0.5 makes the processor round to units of 2^-24.
+INLINE void store(Fp16* p, Vec<float> x) {
+  const Bits32 bits = (Bits32)x;
+  const Bits32 sign = (bits >> 16) & 0x8000, size = bits & 0x7fffffff;
+  const Bits32 small = (Bits32)((Vec<float>)size + 0.5f) - (126 << 23);
+  const Bits32 rounded = (size - (112 << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
+  const Bits32 infinite = Bits32{} + 0x7c00, nan = Bits32{} + 0x7e00;
+  const Bits32 normal = rounded > infinite ? infinite : rounded;
+  const Bits32 chosen = size < (113 << 23) ? small : size > 0x7f800000 ? nan : normal;
+  const Bits16 narrow_bits = __builtin_convertvector(sign | chosen, Bits16);
   memcpy(p, &narrow_bits, sizeof narrow_bits);
 }
 
@@ -114,17 +148,48 @@ INLINE void store_part(T* p, Vec<Wide<T>> x, int64_t n) {
   memcpy(p, whole, n * sizeof(T));
 }
 
-// The sum of the lanes, in a fixed order.
-template <class V>
-INLINE auto sum(V x) {
+template <class T, class Body>
+INLINE void for_each_vector(int64_t D, const Body& body) {
+  int64_t d = 0;
+  for (; d + kWidth<T> <= D; d += kWidth<T>) {
+    body(d, std::integral_constant<int64_t, kWidth<T>>{});
+  }
+  if (d < D) body(d, D - d);
+}
+
+template <class Body>
+void with_type(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return body(double{});
+    case Dtype::kFloat32:
+      return body(float{});
+    case Dtype::kBfloat16:
+      return body(Bf16{});
+    case Dtype::kFloat16:
+      return body(Fp16{});
+  }
+}
+
+// All lanes as one by op(a, b), in a fixed order.
+template <class V, class Op>
+INLINE auto reduce(V x, const Op& op) {
   using S = std::remove_cvref_t<decltype(x[0])>;
   constexpr int kLanes = kVectorBytes / sizeof(S);
   S lanes[kLanes];
   memcpy(lanes, &x, sizeof x);
   for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    for (int i = 0; i < width; ++i) lanes[i] = op(lanes[i], lanes[i + width]);
   }
   return lanes[0];
+}
+template <class V>
+INLINE auto sum(V x) {
+  return reduce(x, [](auto a, auto b) { return a + b; });
+}
+template <class V>
+INLINE auto max(V x) {
+  return reduce(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // e^x, clamped to what a normal number holds; within 2 units in the last place.

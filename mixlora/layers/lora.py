@@ -124,11 +124,12 @@ class Lora(LoraPair):
 
 
 def rescale(y_NO: Tensor, delta_NO: Tensor, scale_NO: Tensor, base: Linear) -> Tensor:
-    """scale (W x + delta) + b of y = W x + b, in place. Written so that a scale of 1 changes no
-    bit, and a scale near 1 keeps its digits in bf16."""
-    product_NO = y_NO.clone() if base.bias is None else y_NO - base.bias  # backward reads it
-    y_NO.add_((scale_NO - 1).to(y_NO.dtype) * product_NO)
-    return y_NO.add_(scale_NO.to(y_NO.dtype) * delta_NO)
+    """scale (W x + delta) + b of y = W x + b. Written so that a scale of 1 changes no bit, and a
+    scale near 1 keeps its digits in bf16."""
+    # a copy: backward reads it, and y may be part of a tensor that others overwrite
+    product_NO = y_NO.clone() if base.bias is None else y_NO - base.bias
+    change_NO = (scale_NO - 1).to(y_NO.dtype) * product_NO
+    return y_NO + change_NO + scale_NO.to(y_NO.dtype) * delta_NO
 
 
 def init_lora_a(lora_a: Tensor, lora_init: str) -> Tensor:

@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mixlora.ops._once import no_second_derivative
 from mixlora.ops._switch import use_reference
 from mixlora.ops.moe_sort import Plan
 from mixlora.ops.philox import keep_mask
@@ -157,7 +158,8 @@ def shared_glu_ref(
 def _(gate_TF, up_TF, a_gate_TKR, a_up_TKR, b_gate_EFR, b_up_EFR, a_down_ERF, expert_TK, *rest):
     rank = 0 if a_down_ERF is None else a_down_ERF.shape[1]
     wide = torch.promote_types(gate_TF.dtype, torch.float32)
-    return torch.empty_like(gate_TF), gate_TF.new_empty(*expert_TK.shape, rank, dtype=wide)
+    z_TKR = gate_TF.new_empty(*expert_TK.shape, rank, dtype=wide)
+    return gate_TF.new_empty(gate_TF.shape), z_TKR
 
 
 @torch.library.register_fake("mixlora::shared_glu_backward")
@@ -187,3 +189,4 @@ def _backward(ctx, dhbar_TF, dz_TKR):
 
 
 torch.library.register_autograd("mixlora::shared_glu", _backward, setup_context=_setup_context)
+no_second_derivative("shared_glu_backward")

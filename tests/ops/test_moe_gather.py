@@ -1,7 +1,15 @@
 import pytest
 import torch
+from torch import Tensor
 
 from mixlora import ops
+from tests.kernels import (
+    assert_any_number_of_threads,
+    assert_compiles,
+    every_instruction_set,
+    poisoned,
+    said_with,
+)
 from tests.numerics import assert_close
 from tests.tiny import ROUTINGS, normal, scattered, some_plan
 
@@ -9,10 +17,11 @@ cases = pytest.mark.parametrize("T, K, E, load", ROUTINGS.values(), ids=ROUTINGS
 
 
 @cases
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_rows_are_tokens(T: int, K: int, E: int, load: str, dtype: torch.dtype) -> None:
     plan, x_TD = some_plan(T, K, E, load), normal(T, 7, dtype=dtype)
-    x_ND = ops.moe_gather(x_TD, plan)
+    with poisoned():
+        x_ND = ops.moe_gather(x_TD, plan)
     assert x_ND.shape == (T * K, 7)
     assert x_ND.dtype == dtype
     rows = [t for e in range(E) for t in range(T) for k in range(K) if plan.expert_TK[t, k] == e]
@@ -26,7 +35,8 @@ def test_gradient(T: int, K: int, E: int, load: str) -> None:
     plan = some_plan(T, K, E, load)
     x_TD = normal(T, 3).requires_grad_()
     dx_ND = normal(T * K, 3, seed=1)
-    (dx_TD,) = torch.autograd.grad(ops.moe_gather(x_TD, plan), x_TD, dx_ND)
+    with poisoned():
+        (dx_TD,) = torch.autograd.grad(ops.moe_gather(x_TD, plan), x_TD, dx_ND)
     wanted_TD = torch.zeros(T, 3, dtype=torch.float64)
     for row, slot in enumerate(plan.row_slot_N.tolist()):
         if slot >= 0:
@@ -34,6 +44,7 @@ def test_gradient(T: int, K: int, E: int, load: str) -> None:
     assert_close(dx_TD, wanted_TD)
     if 0 < T <= 30:
         assert torch.autograd.gradcheck(lambda x_TD: ops.moe_gather(x_TD, plan), x_TD)
+        assert torch.autograd.gradgradcheck(lambda x_TD: ops.moe_gather(x_TD, plan), x_TD)
 
 
 def test_example_of_the_docstring() -> None:
@@ -57,3 +68,71 @@ def test_reference_switch() -> None:
     with ops.reference():
         assert torch.equal(ops.moe_gather(x_TD, plan), ops.moe_gather_ref(x_TD, plan))
     assert torch.equal(ops.moe_gather(x_TD, plan), ops.moe_gather_ref(x_TD, plan))
+
+
+@pytest.mark.parametrize("D", [0, 1, 8, 1030])
+def test_any_width(D: int) -> None:
+    plan, x_TD = some_plan(200, 3, 8, "empty slots"), normal(200, D, dtype=torch.float32)
+    x_ND, dx_ND = ops.moe_gather(x_TD.requires_grad_(), plan), normal(600, D).float()
+    assert torch.equal(x_ND, ops.moe_gather_ref(x_TD, plan))
+    (dx_TD,) = torch.autograd.grad(x_ND, x_TD, dx_ND)
+    (wanted_TD,) = torch.autograd.grad(ops.moe_gather_ref(x_TD, plan), x_TD, dx_ND)
+    assert_close(dx_TD, wanted_TD)
+
+
+def test_compile() -> None:
+    plan = some_plan(*ROUTINGS["empty slots"])
+
+    def loss(x_TD: Tensor) -> Tensor:
+        return (ops.moe_gather(x_TD * 2, plan) ** 2).sum()
+
+    assert_compiles(loss, normal(24, 7).requires_grad_())
+
+
+@pytest.mark.parametrize("name", ["empty slots", "no token", "one slot", "one expert"])
+def test_opcheck(name: str) -> None:
+    plan, x_TD = some_plan(*ROUTINGS[name]), normal(ROUTINGS[name][0], 7).requires_grad_()
+    arguments = x_TD, plan.row_slot_N, plan.slot_row_TK
+    torch.library.opcheck(torch.ops.mixlora.moe_gather.default, arguments)
+
+
+def test_any_number_of_threads() -> None:
+    plan = some_plan(3000, 2, 8, "empty slots")
+    x_TD, dx_ND = normal(3000, 40).requires_grad_(), normal(6000, 40, seed=1)
+
+    def run() -> tuple[Tensor, ...]:
+        x_ND = ops.moe_gather(x_TD, plan)
+        return x_ND, *torch.autograd.grad(x_ND, x_TD, dx_ND)
+
+    assert_any_number_of_threads(run)
+
+
+@every_instruction_set
+def test_every_instruction_set(isa: str) -> None:
+    program = (
+        "import torch; from mixlora import ops\n"
+        "plan = ops.moe_sort(torch.randint(-1, 8, (500, 3), dtype=torch.int32), 8)\n"
+        "x = torch.randn(500, 37)\n"
+        "print(torch.equal(ops.moe_gather(x, plan), ops.moe_gather_ref(x, plan)))"
+    )
+    assert said_with(isa, program).split() == [isa, "True"]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"x_TD": torch.zeros(3, 2).long()}, "x_TD must be float64, float32, bfloat16 or float16"),
+        ({"x_TD": torch.zeros(4, 2)}, "x_TD must be [T, D] = [3, 2], got [4, 2]"),
+        ({"x_TD": torch.zeros(3)}, "x_TD must be [T, D], got [3]"),
+        ({"row_slot_N": torch.zeros(5).int()}, "row_slot_N must be [N] = [6], got [5]"),
+        ({"row_slot_N": torch.zeros(6)}, "row_slot_N must be int32, got float32"),
+        ({"row_slot_N": torch.full((6,), 6).int()}, "row_slot_N must be in [-1, 6), got 6 at 0"),
+        ({"slot_row_TK": torch.full((3, 2), -2).int()}, "slot_row_TK must be in [-1, 6), got -2"),
+    ],
+)
+def test_errors(changes: dict[str, Tensor], message: str) -> None:
+    plan = ops.moe_sort(torch.tensor([[0, 1], [1, 2], [0, 2]], dtype=torch.int32), 3)
+    right = {"row_slot_N": plan.row_slot_N, "slot_row_TK": plan.slot_row_TK}
+    with pytest.raises(RuntimeError) as error:
+        torch.ops.mixlora.moe_gather(**{"x_TD": torch.zeros(3, 2), **right, **changes})
+    assert str(error.value).startswith(f"moe_gather: {message}")

@@ -1,12 +1,9 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
 
-from mixlora import _C, ops
+from mixlora import ops
+from tests.kernels import assert_any_number_of_threads, every_instruction_set, said_with
 
 # name: (T, K, E, load)
 CASES = {
@@ -78,30 +75,18 @@ def test_non_contiguous(view) -> None:
 
 def test_any_number_of_threads() -> None:
     expert_TK = make_experts(50_000, 2, 8, "zipf")
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = ops.moe_sort(expert_TK, 8)
-        torch.set_num_threads(2)
-        assert_equal(ops.moe_sort(expert_TK, 8), one)
-    finally:
-        torch.set_num_threads(before)
+    assert_any_number_of_threads(lambda: ops.moe_sort(expert_TK, 8))
 
 
-@pytest.mark.parametrize("isa", _C.build_info()["instruction_sets"])
+@every_instruction_set
 def test_every_instruction_set(isa: str) -> None:
-    built = _C.build_info()["instruction_sets"]
-    if built.index(isa) > built.index(_C.build_info()["instruction_set"]):
-        pytest.skip(f"this processor has no {isa}")
     program = (
-        "import torch; from mixlora import ops, _C\n"
+        "import torch; from mixlora import ops\n"
         "x = torch.randint(-1, 8, (5000, 3), dtype=torch.int32)\n"
         "pairs = zip(ops.moe_sort(x, 8), ops.moe_sort_ref(x, 8))\n"
-        "print(_C.build_info()['instruction_set'], all(torch.equal(a, b) for a, b in pairs))"
+        "print(all(torch.equal(a, b) for a, b in pairs))"
     )
-    environment = {**os.environ, "MIXLORA_ISA": isa}
-    said = subprocess.check_output([sys.executable, "-c", program], env=environment, text=True)
-    assert said.split() == [isa, "True"]
+    assert said_with(isa, program).split() == [isa, "True"]
 
 
 def test_opcheck() -> None:

@@ -5,7 +5,15 @@ import torch
 from torch import Tensor
 
 from mixlora import ops
+from tests.kernels import (
+    assert_any_number_of_threads,
+    assert_compiles,
+    every_instruction_set,
+    poisoned,
+    said_with,
+)
 from tests.numerics import assert_close, assert_close_to_ref64
+from tests.tiny import scattered
 
 
 def random_logits(T: int, E: int, seed: int = 0) -> Tensor:
@@ -34,7 +42,8 @@ def by_hand(logits_E: list[float], K: int) -> tuple[list[int], list[float], list
 def test_against_plain_python(T: int, E: int, K: int, padding: bool) -> None:
     logits_TE = random_logits(T, E)
     mask_T = torch.arange(T) % 3 != 1 if padding else None
-    routing = ops.topk_router(logits_TE, K, mask_T)
+    with poisoned():
+        routing = ops.topk_router(logits_TE, K, mask_T)
     tokens = [by_hand(row, K) for row in logits_TE.tolist()]
     assert routing.expert_TK.dtype == torch.int32
     assert routing.expert_TK.shape == routing.weight_TK.shape == (T, K)
@@ -106,29 +115,170 @@ def test_chosen_experts_are_kept() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("T, E, K", [(7, 5, 2), (3, 9, 9), (4, 3, 1), (2, 1, 1), (3, 17, 4)])
 @pytest.mark.parametrize("padding", [False, True])
-def test_gradients(padding: bool) -> None:
-    logits_TE = random_logits(7, 5).requires_grad_()
-    mask_T = torch.arange(7) != 3 if padding else None
+def test_gradients(T: int, E: int, K: int, padding: bool) -> None:
+    logits_TE = random_logits(T, E).requires_grad_()
+    mask_T = torch.arange(T) != 1 if padding else None
 
     def outputs(logits_TE: Tensor) -> tuple[Tensor, ...]:
-        routing = ops.topk_router(logits_TE, 2, mask_T)
+        routing = ops.topk_router(logits_TE, K, mask_T)
         return routing.weight_TK, routing.prob_E, routing.z
 
-    assert torch.autograd.gradcheck(outputs, logits_TE)
-    routing = ops.topk_router(logits_TE, 2, mask_T)
+    with poisoned():
+        assert torch.autograd.gradcheck(outputs, logits_TE)
+    routing = ops.topk_router(logits_TE, K, mask_T)
     assert not any(x.requires_grad for x in (routing.count_E, routing.entropy, routing.num_tokens))
-    if padding:
+    if padding and E > 1:
         (dlogits_TE,) = torch.autograd.grad(routing.prob_E.square().sum(), logits_TE)
-        assert not dlogits_TE[3].any() and dlogits_TE[2].any()
+        assert not dlogits_TE[1].any() and dlogits_TE[0].any()
+
+
+def test_second_derivative_is_an_error() -> None:
+    logits_TE = random_logits(7, 5).requires_grad_()
+    z = ops.topk_router(logits_TE, 2).z
+    (dlogits_TE,) = torch.autograd.grad(z, logits_TE, create_graph=True)
+    with pytest.raises(RuntimeError, match="^topk_router_backward has no derivative of its own"):
+        dlogits_TE.sum().backward()
+
+
+def everything(op, logits_TE: Tensor, K: int, mask_T: Tensor | None = None) -> list[Tensor]:
+    """The routing and the gradient of all that has one, with different weights for each."""
+    logits_TE = logits_TE.detach().requires_grad_()
+    routing = op(logits_TE, K, mask_T)
+    outputs = routing.weight_TK, routing.prob_E, routing.z
+    doutputs = [random_logits(x.numel(), 1, seed=i).view_as(x) for i, x in enumerate(outputs)]
+    doutputs = [x.to(outputs[0].dtype) for x in doutputs]
+    return [*routing[:-1], *torch.autograd.grad(outputs, logits_TE, doutputs)]
+
+
+@pytest.mark.parametrize("T, E, K", [(1000, 8, 2), (256, 64, 6), (257, 31, 5), (600, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("padding", [False, True])
+def test_against_reference(T: int, E: int, K: int, dtype: torch.dtype, padding: bool) -> None:
+    logits_TE = 3 * random_logits(T, E).to(dtype)
+    mask_T = torch.arange(T) % 3 != 1 if padding else None
+    found = everything(ops.topk_router, logits_TE, K, mask_T)
+    ref = everything(ops.topk_router_ref, logits_TE, K, mask_T)
+    ref64 = everything(ops.topk_router_ref, logits_TE.double(), K, mask_T)
+    names = (*ops.Routing._fields[:-1], "dlogits_TE")
+    for name, a, b, b64 in zip(names, found, ref, ref64, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape, name
+        if name in ("expert_TK", "count_E", "num_tokens"):
+            assert torch.equal(a, b), name
+        elif dtype == torch.float64:
+            assert_close(a, b)
+        else:
+            assert_close_to_ref64(a, b, b64)
+
+
+def test_bad_logits_choose_what_the_reference_chooses() -> None:
+    logits_TE = random_logits(60, 9).float()
+    bad = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0])
+    where_TE = random_logits(60, 9, seed=1) > 0.3
+    logits_TE[where_TE] = bad[torch.arange(int(where_TE.sum())) % 5]
+    for K in (1, 3, 9):
+        wanted = ops.topk_router_ref(logits_TE, K).expert_TK
+        assert torch.equal(ops.topk_router(logits_TE, K).expert_TK, wanted)
+
+
+def test_padding_may_hold_anything() -> None:
+    logits_TE, mask_T = random_logits(300, 8).float(), torch.arange(300) % 4 != 0
+    _, _, *wanted, wanted_TE = everything(ops.topk_router, logits_TE, 2, mask_T)
+    logits_TE[~mask_T] = math.nan
+    _, _, *found, found_TE = everything(ops.topk_router, logits_TE, 2, mask_T)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert torch.equal(found_TE[mask_T], wanted_TE[mask_T])
 
 
 @pytest.mark.parametrize("view", [lambda x: x[::2], lambda x: x[:, 1:6], lambda x: x[:8].T])
 def test_non_contiguous(view) -> None:
     logits_TE = view(random_logits(20, 8))
     assert not logits_TE.is_contiguous()
-    for a, b in pairs(ops.topk_router(logits_TE, 2), ops.topk_router(logits_TE.contiguous(), 2)):
-        assert_close(a, b)
+    mask_T = torch.arange(2 * len(logits_TE))[::2] % 3 != 0
+    dense = everything(ops.topk_router, logits_TE.contiguous(), 2, mask_T.contiguous())
+    for a, b in zip(everything(ops.topk_router, logits_TE, 2, mask_T), dense, strict=True):
+        assert torch.equal(a, b)
+    expert_TK = dense[0].flip(0)
+    given = ops.topk_router(logits_TE, 2, mask_T, expert_TK)
+    expert_TK = expert_TK.T.contiguous().T
+    for a, b in pairs(given, ops.topk_router(logits_TE, 2, mask_T, expert_TK)):
+        assert torch.equal(a, b)
+    grads = random_logits(len(logits_TE), 2), random_logits(logits_TE.shape[1], 1)[:, 0]
+    backward = torch.ops.mixlora.topk_router_backward
+    far = backward(*map(scattered, grads), torch.ones(()).double(), logits_TE, expert_TK, mask_T)
+    assert torch.equal(backward(*grads, torch.ones(()).double(), logits_TE, expert_TK, mask_T), far)
+
+
+def test_compile() -> None:
+    mask_T = torch.arange(20) % 3 != 1
+
+    def loss(logits_TE: Tensor) -> Tensor:
+        routing = ops.topk_router(logits_TE, 2, mask_T)
+        return routing.weight_TK[:, 0].sum() + routing.prob_E @ routing.count_E + routing.z
+
+    assert_compiles(loss, random_logits(20, 5).requires_grad_())
+
+
+@pytest.mark.parametrize("T, E, K", [(9, 5, 2), (0, 5, 2), (3, 1, 1)])
+def test_opcheck(T: int, E: int, K: int) -> None:
+    logits_TE, mask_T = random_logits(T, E), torch.arange(T) % 3 != 1
+    expert_TK = ops.topk_router(logits_TE, K).expert_TK
+    grads = random_logits(T, K), random_logits(1, E)[0], torch.tensor(2.0).double()
+    for mask in (mask_T, None):
+        arguments = *grads, logits_TE.detach(), expert_TK, mask
+        torch.library.opcheck(torch.ops.mixlora.topk_router_backward.default, arguments)
+        arguments = logits_TE.requires_grad_(), K, mask, expert_TK if mask is None else None
+        torch.library.opcheck(torch.ops.mixlora.topk_router.default, arguments)
+
+
+def test_any_number_of_threads() -> None:
+    logits_TE, mask_T = random_logits(5000, 8).float(), torch.arange(5000) % 3 != 1
+    assert_any_number_of_threads(lambda: everything(ops.topk_router, logits_TE, 2, mask_T))
+
+
+@every_instruction_set
+def test_every_instruction_set(isa: str) -> None:
+    program = (
+        "import torch; from mixlora import ops\n"
+        "for E, dtype in [(9, torch.float32), (9, torch.float64), (8, torch.bfloat16)]:\n"
+        "    x = (3 * torch.randn(700, E)).to(dtype).requires_grad_()\n"
+        "    def results(op):\n"
+        "        routing = op(x, 3)\n"
+        "        loss = routing.weight_TK[:, 0].sum() + routing.prob_E[2] + routing.z / 700\n"
+        "        return *routing[:-1], *torch.autograd.grad(loss, x)\n"
+        "    for a, b in zip(results(ops.topk_router), results(ops.topk_router_ref)):\n"
+        "        eps = torch.finfo(a.dtype).eps if a.is_floating_point() else 0\n"
+        "        print(((a - b).abs().max() <= b.abs().max() * 16 * eps).item())"
+    )
+    assert said_with(isa, program).split() == [isa] + ["True"] * 24
+
+
+@pytest.mark.parametrize(
+    "logits_TE, options, message",
+    [
+        (torch.zeros(3), {}, "logits_TE must be [T, E], got [3]"),
+        (torch.zeros(3, 4).int(), {}, "logits_TE must be float64, float32, bfloat16 or float16"),
+        (torch.zeros(3, 4), {"top_k": 5}, "top_k must be in [1, 4], got 5"),
+        (torch.zeros(3, 4), {"mask_T": torch.ones(3)}, "mask_T must be bool, got float32"),
+        (torch.zeros(3, 4), {"mask_T": torch.ones(2).bool()}, "mask_T must be [T] = [3], got [2]"),
+        (
+            torch.zeros(3, 4),
+            {"expert_TK": torch.full((3, 2), 4).int()},
+            "expert_TK must be in [0, 4), got 4 at 0",
+        ),
+        (
+            torch.zeros(3, 4),
+            {"expert_TK": torch.zeros(3, 1).int()},
+            "expert_TK must be [T, K] = [3, 2], got [3, 1]",
+        ),
+    ],
+)
+def test_errors(logits_TE: Tensor, options: dict, message: str) -> None:
+    with pytest.raises(RuntimeError) as error:
+        right = {"top_k": 2, "mask_T": None, "expert_TK": None}
+        torch.ops.mixlora.topk_router(logits_TE, **{**right, **options})
+    assert str(error.value).startswith(f"topk_router: {message}")
 
 
 def test_reference_switch_and_repetition() -> None:
