@@ -25,6 +25,8 @@ inline constexpr int kBlockRows = 48, kBlockRanks = 16, kBlockColumns = 256;
 // Of an expand block.
 inline constexpr int kPanelRows = 64, kPanelColumns = 96;
 
+inline constexpr int kAhead = 8;  // rows to prefetch
+
 // In registers: a tile's sums, one row or column of vectors, and one more.
 inline constexpr int kShrinkRows = kVectorBytes == 64 ? 6 : 3, kShrinkRanks = 4;
 inline constexpr int kExpandRows = kVectorBytes == 64 ? 8 : 4, kExpandVectors = 3;
@@ -40,8 +42,19 @@ INLINE void with_constant(int64_t n, const Body& body) {
 
 template <class From, class To>
 INLINE void convert(const From* from, int64_t count, To* to) {
-  for_each_vector<From>(count,
-                        [&](int64_t i, auto n) { store_part(to + i, load_part(from + i, n), n); });
+  if constexpr (std::is_same_v<From, To>) {
+    memcpy(to, from, count * sizeof(To));
+  } else {
+    for_each_vector<From>(
+        count, [&](int64_t i, auto n) { store_part(to + i, load_part(from + i, n), n); });
+  }
+}
+
+// Rows lie on pages of their own, where no prefetcher of the processor foresees them.
+template <class T>
+INLINE void prefetch(const T* from, int64_t count) {
+  const char* p = reinterpret_cast<const char*>(from);
+  for (const char* end = p + count * sizeof(T); p < end; p += 64) __builtin_prefetch(p);
 }
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -73,6 +86,18 @@ INLINE void shrink_tile(const S* const* x, const S* a, int64_t columns, Vec<S>* 
   }
 }
 
+template <class S>
+__attribute__((noinline)) void shrink_tiles(
+    const S* const* x, int64_t rows, const S* a, int64_t ranks, int64_t columns, Vec<S>* sums) {
+  with_constant<kShrinkRows>(rows, [&](auto kRows) {
+    for (int64_t r = 0; r < ranks; r += kShrinkRanks) {
+      with_constant<kShrinkRanks>(ranks - r, [&](auto kRanks) {
+        shrink_tile<kRows, kRanks>(x, a + r * kBlockColumns, columns, sums + r);
+      });
+    }
+  });
+}
+
 // z_NR[n, r] = scale * <x_N[n], a_RI[r]> for N <= kBlockRows.
 template <class X, class A>
 void shrink(const X* const* x_N,
@@ -96,6 +121,9 @@ void shrink(const X* const* x_N,
       }
       for (int64_t n = 0; n < N; n += kShrinkRows) {
         const int64_t rows = std::min<int64_t>(kShrinkRows, N - n);
+        for (int64_t m = n + kShrinkRows; m < std::min<int64_t>(n + 2 * kShrinkRows, N); ++m) {
+          prefetch(x_N[m] + i0, columns);
+        }
         const S* x[kShrinkRows] = {};
         for (int64_t m = 0; m < rows; ++m) {
           if constexpr (std::is_same_v<X, S>) {
@@ -105,14 +133,7 @@ void shrink(const X* const* x_N,
           copy_padded(x_N[n + m] + i0, columns, padded, x_copy + m * kBlockColumns);
           x[m] = x_copy + m * kBlockColumns;
         }
-        for (int64_t r = 0; r < ranks; r += kShrinkRanks) {
-          with_constant<kShrinkRows>(rows, [&](auto kRows) {
-            with_constant<kShrinkRanks>(ranks - r, [&](auto kRanks) {
-              shrink_tile<kRows, kRanks>(
-                  x, a + r * kBlockColumns, padded, sums + n * kBlockRanks + r);
-            });
-          });
-        }
+        shrink_tiles(x, rows, a, ranks, padded, sums + n * kBlockRanks);
       }
     }
     for (int64_t n = 0; n < N; ++n) {
@@ -156,6 +177,18 @@ INLINE void expand_tile(Coefficients<S> c, const S* a, int64_t terms, S* y) {
   }
 }
 
+template <class S>
+__attribute__((noinline)) void expand_tiles(
+    Coefficients<S> c, const S* a, int64_t rows, int64_t terms, int64_t columns, S* y) {
+  for (int64_t i = 0; i < columns; i += kExpandVectors * kWidth<S>) {
+    for (int64_t m = 0; m < rows; m += kExpandRows) {
+      with_constant<kExpandRows>(rows - m, [&](auto kRows) {
+        expand_tile<kRows>(c.from(m, 0), a + i, terms, y + m * kPanelColumns + i);
+      });
+    }
+  }
+}
+
 // y_m[i] = sum_j c(m, j) row(j)[i] for m < M, j < J, i < columns <= kPanelColumns; store(m, y_m)
 // takes each of them. The terms are summed kPanelRows at a time, which keeps long sums accurate.
 template <class S, class Row, class Store>
@@ -171,15 +204,10 @@ void expand(
     for (int64_t j0 = 0; j0 < J; j0 += kPanelRows) {
       const int64_t terms = std::min<int64_t>(kPanelRows, J - j0);
       for (int64_t j = 0; j < terms; ++j) {
+        if (j0 + j + kAhead < J) prefetch(row(j0 + j + kAhead), columns);
         copy_padded(row(j0 + j), columns, padded, a + j * kPanelColumns);
       }
-      for (int64_t i = 0; i < padded; i += kTileColumns) {
-        for (int64_t m = 0; m < rows; m += kExpandRows) {
-          with_constant<kExpandRows>(rows - m, [&](auto kRows) {
-            expand_tile<kRows>(c.from(m0 + m, j0), a + i, terms, y + m * kPanelColumns + i);
-          });
-        }
-      }
+      expand_tiles(c.from(m0, j0), a, rows, terms, padded, y);
     }
     for (int64_t m = 0; m < rows; ++m) store(m0 + m, y + m * kPanelColumns);
   }
