@@ -1,5 +1,5 @@
-"""LoRA of rows sorted by group, native against reference (two products per group), forward alone and
-with backward; groups of equal size, R = 16. One row per group is decoding for many adapters."""
+"""LoRA of rows sorted by group, native against reference (two products per group), forward alone
+and with backward; groups of equal size, R = 16. One row per group is decoding of many adapters."""
 
 import torch
 

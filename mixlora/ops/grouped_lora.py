@@ -15,6 +15,7 @@ x, A, B, y and the gradients share one dtype, fp64, fp32, bf16 or fp16; sums, z 
 import torch
 from torch import Tensor
 
+from mixlora.ops._once import no_second_derivative
 from mixlora.ops._switch import use_reference
 from mixlora.ops.moe_sort import Plan
 
@@ -79,3 +80,4 @@ def _backward(ctx, dy_NO: Tensor) -> tuple:
 
 
 torch.library.register_autograd("mixlora::grouped_lora", _backward, setup_context=_setup_context)
+no_second_derivative("grouped_lora_backward")

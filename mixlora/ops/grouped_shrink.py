@@ -12,6 +12,7 @@ and only the experts asked for are computed: of all E, a dense product would use
 import torch
 from torch import Tensor
 
+from mixlora.ops._once import no_second_derivative
 from mixlora.ops._switch import use_reference
 from mixlora.ops.moe_sort import Plan
 
@@ -70,6 +71,5 @@ def _backward(ctx, da_TKR: Tensor) -> tuple:
     return *gradients, None, None, None, None
 
 
-torch.library.register_autograd(
-    "mixlora::grouped_shrink", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("mixlora::grouped_shrink", _backward, setup_context=_setup_context)
+no_second_derivative("grouped_shrink_backward")
