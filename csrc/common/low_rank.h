@@ -86,6 +86,7 @@ INLINE void shrink_tile(const S* const* x, const S* a, int64_t columns, Vec<S>* 
   }
 }
 
+// Not inlined, nor is expand_tiles: one copy serves all types that widen to S.
 template <class S>
 __attribute__((noinline)) void shrink_tiles(
     const S* const* x, int64_t rows, const S* a, int64_t ranks, int64_t columns, Vec<S>* sums) {
@@ -98,7 +99,8 @@ __attribute__((noinline)) void shrink_tiles(
   });
 }
 
-// z_NR[n, r] = scale * <x_N[n], a_RI[r]> for N <= kBlockRows.
+// z_NR[n, r] = scale * <x_N[n], a_RI[r]> for N <= kBlockRows. A block of columns at a time, A's are
+// copied once for all rows; a row is read in place unless it must be widened or padded.
 template <class X, class A>
 void shrink(const X* const* x_N,
             int64_t N,
@@ -108,7 +110,7 @@ void shrink(const X* const* x_N,
             Wide<X> scale,
             Wide<X>* z_NR) {
   using S = Wide<X>;
-  S a[kBlockRanks * kBlockColumns], x_copy[kShrinkRows * kBlockColumns];
+  alignas(64) S a[kBlockRanks * kBlockColumns], x_copy[kShrinkRows * kBlockColumns];
   Vec<S> sums[kBlockRows * kBlockRanks];
   for (int64_t r0 = 0; r0 < R; r0 += kBlockRanks) {
     const int64_t ranks = std::min<int64_t>(kBlockRanks, R - r0);
@@ -196,7 +198,7 @@ void expand(
     Coefficients<S> c, int64_t M, int64_t J, int64_t columns, const Row& row, const Store& store) {
   constexpr int kTileColumns = kExpandVectors * kWidth<S>;
   static_assert(kPanelColumns % kTileColumns == 0);
-  S a[kPanelRows * kPanelColumns], y[kBlockRows * kPanelColumns];
+  alignas(64) S a[kPanelRows * kPanelColumns], y[kBlockRows * kPanelColumns];
   const int64_t padded = round_up(columns, kTileColumns);
   for (int64_t m0 = 0; m0 < M; m0 += kBlockRows) {
     const int64_t rows = std::min<int64_t>(kBlockRows, M - m0);
