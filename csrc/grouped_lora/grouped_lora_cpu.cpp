@@ -5,6 +5,9 @@
 namespace mixlora::MIXLORA_ISA {
 namespace {
 
+// Of a group: fewer do not pay for a transposed copy of its B.
+constexpr int kFewRows = 8;
+
 template <class S>
 void transpose(const S* from, int64_t rows, int64_t columns, S* to, int64_t to_stride) {
   for (int64_t j = 0; j < columns; ++j) {
@@ -24,13 +27,13 @@ void parallel_panels(int64_t G, int64_t features, const Body& body) {
   });
 }
 
-// B^T [G, R, O] of the groups that have rows, so that its features too lie side by side.
+// B^T [G, R, O] of the groups that have so many rows: its features too lie side by side.
 template <class T, class Params>
-std::unique_ptr<Wide<T>[]> transposed_b(const Params& p) {
+std::unique_ptr<Wide<T>[]> transposed_b(const Params& p, int64_t min_rows) {
   const T* lora_b_GOR = static_cast<const T*>(p.lora_b_GOR);
   auto b_GRO = std::make_unique_for_overwrite<Wide<T>[]>(p.G * p.R * p.O);
   parallel_panels(p.G, p.O, [&](int64_t g, int64_t o, int64_t columns) {
-    if (p.group_start_G1[g] == p.group_start_G1[g + 1]) return;
+    if (p.group_start_G1[g + 1] - p.group_start_G1[g] < min_rows) return;
     std::vector<Wide<T>> b_OR(columns * p.R);
     convert(lora_b_GOR + (g * p.O + o) * p.R, columns * p.R, b_OR.data());
     transpose(b_OR.data(), columns, p.R, b_GRO.get() + g * p.R * p.O + o, p.O);
@@ -63,6 +66,23 @@ void expand_block(
   });
 }
 
+// The same for few rows, with B where it lies: every y is a product along the ranks.
+template <class T>
+void expand_few(const Wide<T>* z_NR, RowBlock block, const T* b_OR, int64_t R, int64_t O, T* y_NO) {
+  const int64_t N = block.end - block.begin;
+  for (int64_t o = 0; o < O; o += kBlockRows) {
+    const int64_t features = std::min<int64_t>(kBlockRows, O - o);
+    const T* b[kBlockRows];
+    for (int64_t i = 0; i < features; ++i) b[i] = b_OR + (o + i) * R;
+    Wide<T> y_ON[kBlockRows * kFewRows], y_NO_block[kFewRows * kBlockRows];
+    shrink<T>(b, features, z_NR, N, R, 1, y_ON);
+    transpose(y_ON, features, N, y_NO_block, kBlockRows);
+    for (int64_t n = 0; n < N; ++n) {
+      convert(y_NO_block + n * kBlockRows, features, y_NO + (block.begin + n) * O + o);
+    }
+  }
+}
+
 template <class T>
 void zero_tail(T* y_NO, int64_t rows, int64_t N, int64_t O) {
   memset(y_NO + rows * O, 0, (N - rows) * O * sizeof(T));
@@ -73,14 +93,20 @@ void forward(const GroupedLoraParams& p) {
   const T* x_NI = static_cast<const T*>(p.x_NI);
   const T* lora_a_GRI = static_cast<const T*>(p.lora_a_GRI);
   T* y_NO = static_cast<T*>(p.y_NO);
-  const auto b_GRO = transposed_b<T>(p);
+  const T* lora_b_GOR = static_cast<const T*>(p.lora_b_GOR);
+  const auto b_GRO = transposed_b<T>(p, kFewRows);
   const auto blocks = row_blocks(p.group_start_G1, p.G);
   parallel_for(blocks.size(), [&](int64_t i) {
     const RowBlock block = blocks[i];
     std::vector<Wide<T>> z_NR((block.end - block.begin) * p.R);
     const T* lora_a_RI = lora_a_GRI + block.group * p.R * p.I;
     shrink_block(x_NI, block, lora_a_RI, p.R, p.I, p.scaling, z_NR.data());
-    expand_block(z_NR.data(), block, b_GRO.get() + block.group * p.R * p.O, p.R, p.O, y_NO);
+    const int64_t b = block.group * p.R * p.O;
+    if (p.group_start_G1[block.group + 1] - p.group_start_G1[block.group] < kFewRows) {
+      expand_few(z_NR.data(), block, lora_b_GOR + b, p.R, p.O, y_NO);
+    } else {
+      expand_block(z_NR.data(), block, b_GRO.get() + b, p.R, p.O, y_NO);
+    }
   });
   zero_tail(y_NO, p.group_start_G1[p.G], p.N, p.O);
 }
@@ -101,7 +127,7 @@ void backward(const GroupedLoraBackwardParams& p) {
 
   std::vector<S> z_NR(rows * R), dz_NR(rows * R);
   {
-    const auto b_GRO = transposed_b<T>(p);
+    const auto b_GRO = transposed_b<T>(p, 1);
     const auto blocks = row_blocks(start_G1, p.G);
     parallel_for(blocks.size(), [&](int64_t i) {
       const RowBlock block = blocks[i];
