@@ -31,6 +31,22 @@ STABLE_TORCH_LIBRARY(mixlora, m) {
       "topk_router_backward(Tensor dweight_TK, Tensor dprob_E, Tensor dz, Tensor logits_TE, "
       "Tensor expert_TK, Tensor? mask_T) -> Tensor");
 
+  // A of each slot's expert; and B A of rows sorted by group.
+  m.def(
+      "grouped_shrink(Tensor x_TI, Tensor lora_a_ERI, Tensor expert_TK, Tensor expert_start_E1, "
+      "Tensor row_slot_N, Tensor token_order_T) -> Tensor");
+  m.def(
+      "grouped_shrink_backward(Tensor da_TKR, Tensor x_TI, Tensor lora_a_ERI, Tensor expert_TK, "
+      "Tensor expert_start_E1, Tensor row_slot_N, Tensor token_order_T) -> "
+      "(Tensor dx_TI, Tensor dlora_a_ERI)");
+  m.def(
+      "grouped_lora(Tensor x_NI, Tensor lora_a_GRI, Tensor lora_b_GOR, Tensor group_start_G1, "
+      "float scaling) -> Tensor");
+  m.def(
+      "grouped_lora_backward(Tensor dy_NO, Tensor x_NI, Tensor lora_a_GRI, Tensor lora_b_GOR, "
+      "Tensor group_start_G1, float scaling) -> "
+      "(Tensor dx_NI, Tensor dlora_a_GRI, Tensor dlora_b_GOR)");
+
   // The mixture between the frozen projections: every token's experts, summed before W2.
 #define SHARED_GLU                                                                           \
   "Tensor gate_TF, Tensor up_TF, Tensor? a_gate_TKR, Tensor? a_up_TKR, Tensor? b_gate_EFR, " \

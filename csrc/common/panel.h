@@ -11,7 +11,7 @@
 
 namespace mixlora::MIXLORA_ISA {
 
-inline constexpr int kPanelRows = 6;  // 6 x 2 sums, 2 columns of b and one a: 15 registers
+inline constexpr int kPanelRows = 6;   // 6 x 2 sums, 2 columns of b and one a: 15 registers
 inline constexpr int64_t kChain = 16;  // a longer sum is one of shorter ones: less rounding error
 
 template <int kRows, int kVectors, class S>

@@ -25,4 +25,37 @@ inline PlanRows check_plan(const char* op, const Tensor& row_slot_N, const Tenso
   return plan;
 }
 
+struct PlanExperts {
+  Tensor expert_TK, expert_start_E1, row_slot_N, token_order_T;
+  int64_t T, K, E;
+};
+
+inline PlanExperts check_plan_experts(const char* op,
+                                      const Tensor& expert_TK,
+                                      const Tensor& expert_start_E1,
+                                      const Tensor& row_slot_N,
+                                      const Tensor& token_order_T) {
+  CHECK_DTYPE(op, expert_TK, Int);
+  CHECK_DTYPE(op, expert_start_E1, Int);
+  CHECK_DTYPE(op, row_slot_N, Int);
+  CHECK_DTYPE(op, token_order_T, Int);
+  CHECK_DIMS(op, expert_TK, T, K);
+  CHECK_DIMS(op, expert_start_E1, E1);
+  const int64_t T = expert_TK.size(0), K = expert_TK.size(1), N = T * K;
+  CHECK_SHAPE(op, row_slot_N, N);
+  CHECK_SHAPE(op, token_order_T, T);
+  PlanExperts plan{torch::stable::contiguous(expert_TK),
+                   torch::stable::contiguous(expert_start_E1),
+                   torch::stable::contiguous(row_slot_N),
+                   torch::stable::contiguous(token_order_T),
+                   T,
+                   K,
+                   expert_start_E1.size(0) - 1};
+  const int64_t rows = check_starts(op, "expert_start_E1", plan.expert_start_E1, N);
+  check_indices(op, "expert_TK", plan.expert_TK, -1, plan.E);
+  check_indices(op, "row_slot_N", torch::stable::narrow(plan.row_slot_N, 0, 0, rows), 0, N);
+  check_indices(op, "token_order_T", plan.token_order_T, 0, T);
+  return plan;
+}
+
 }  // namespace mixlora

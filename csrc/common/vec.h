@@ -137,12 +137,14 @@ INLINE void store(Fp16* p, Vec<float> x) {
 
 template <class T>
 INLINE Vec<Wide<T>> load_part(const T* p, int64_t n) {
+  if (n == kWidth<T>) return load(p);
   T whole[kWidth<T>] = {};
   memcpy(whole, p, n * sizeof(T));
   return load(whole);
 }
 template <class T>
 INLINE void store_part(T* p, Vec<Wide<T>> x, int64_t n) {
+  if (n == kWidth<T>) return store(p, x);
   T whole[kWidth<T>];
   store(whole, x);
   memcpy(p, whole, n * sizeof(T));

@@ -8,12 +8,8 @@ except ImportError as error:
     raise ImportError(f"mixlora._C cannot be loaded, run `make kernels` ({error})") from None
 
 from mixlora.ops._switch import reference, use_reference
-from mixlora.ops.grouped_lora import (
-    grouped_lora,
-    grouped_lora_ref,
-    grouped_shrink,
-    grouped_shrink_ref,
-)
+from mixlora.ops.grouped_lora import grouped_lora, grouped_lora_ref
+from mixlora.ops.grouped_shrink import grouped_shrink, grouped_shrink_ref
 from mixlora.ops.moe_gather import moe_gather, moe_gather_ref
 from mixlora.ops.moe_scatter import moe_scatter, moe_scatter_ref
 from mixlora.ops.moe_sort import Plan, moe_sort, moe_sort_ref

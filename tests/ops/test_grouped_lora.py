@@ -3,10 +3,17 @@ import torch
 from torch import Tensor
 
 from mixlora import ops
+from tests.kernels import (
+    assert_any_number_of_threads,
+    assert_compiles,
+    assert_same_bits,
+    every_instruction_set,
+    poisoned,
+    said_with,
+)
 from tests.numerics import assert_close, assert_close_to_ref64
-from tests.tiny import ROUTINGS, normal, scattered, some_plan
+from tests.tiny import normal, scattered
 
-cases = pytest.mark.parametrize("T, K, E, load", ROUTINGS.values(), ids=ROUTINGS)
 I, R, O = 9, 3, 5
 SCALING = 1.7
 
@@ -22,146 +29,192 @@ GROUPS = {
 groups = pytest.mark.parametrize("sizes, tail", GROUPS.values(), ids=GROUPS)
 
 
-def lora_inputs(sizes: list[int], tail: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    start_G1 = torch.tensor([0, *sizes]).cumsum(0).int()
-    x_NI = normal(sum(sizes) + tail, I)
-    return x_NI, normal(len(sizes), R, I, seed=1), normal(len(sizes), O, R, seed=2), start_G1
+def inputs(
+    sizes: list[int], tail: int, R: int = R, I: int = I, O: int = O, dtype=torch.float64
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """([x, A, B], group_start, dy)."""
+    N, G = sum(sizes) + tail, len(sizes)
+    shapes = (N, I), (G, R, I), (G, O, R), (N, O)
+    *tensors, dy_NO = (normal(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes))
+    return tensors, torch.tensor([0, *sizes]).cumsum(0).int(), dy_NO
+
+
+def results(op, tensors: list[Tensor], start_G1: Tensor, dy_NO: Tensor) -> list[Tensor]:
+    """(y, dx, dA, dB)."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    y_NO = op(*leaves, start_G1, SCALING)
+    return [y_NO, *torch.autograd.grad(y_NO, leaves, dy_NO)]
 
 
 @groups
-def test_grouped_lora(sizes: list[int], tail: int) -> None:
-    x_NI, lora_a_GRI, lora_b_GOR, start_G1 = lora_inputs(sizes, tail)
-    group = [g for g, size in enumerate(sizes) for _ in range(size)]
-    x_NI[len(group) :] = torch.nan
-    y_NO = ops.grouped_lora(x_NI, lora_a_GRI, lora_b_GOR, start_G1, SCALING)
-    assert y_NO.shape == (len(x_NI), O)
-    assert not y_NO[len(group) :].any()
-    for row, g in enumerate(group):
-        wanted_O = SCALING * (lora_b_GOR[g] @ lora_a_GRI[g]) @ x_NI[row]
-        assert_close(y_NO[row], wanted_O)
-
-
-@groups
-def test_gradients_of_grouped_lora(sizes: list[int], tail: int) -> None:
-    *tensors, start_G1 = lora_inputs(sizes, tail)
-    tensors = [x.requires_grad_() for x in tensors]
-    dy_NO = normal(len(tensors[0]), O, seed=3)
-    y_NO = ops.grouped_lora(*tensors, start_G1, SCALING)
-    found = torch.autograd.grad(y_NO, tensors, dy_NO)
-    wanted = [torch.zeros_like(x) for x in tensors]
-    x_NI, lora_a_GRI, lora_b_GOR = (x.detach() for x in tensors)
+def test_values_and_gradients(sizes: list[int], tail: int) -> None:
+    (x_NI, lora_a_GRI, lora_b_GOR), start_G1, dy_NO = tensors, *_ = inputs(sizes, tail)
+    rows = sum(sizes)
+    x_NI[rows:], dy_NO[rows:] = torch.nan, torch.nan  # nobody's
+    with poisoned():
+        found = results(ops.grouped_lora, tensors, start_G1, dy_NO)
+    wanted = [torch.zeros_like(x) for x in (dy_NO, *tensors)]
     for g, (start, end) in enumerate(zip(start_G1[:-1], start_G1[1:], strict=True)):
         x_I, dy_O, a_RI, b_OR = x_NI[start:end], dy_NO[start:end], lora_a_GRI[g], lora_b_GOR[g]
-        wanted[0][start:end] = SCALING * dy_O @ b_OR @ a_RI
-        wanted[1][g] = SCALING * b_OR.T @ dy_O.T @ x_I
-        wanted[2][g] = SCALING * dy_O.T @ x_I @ a_RI.T
+        wanted[0][start:end] = SCALING * x_I @ (b_OR @ a_RI).T
+        wanted[1][start:end] = SCALING * dy_O @ b_OR @ a_RI
+        wanted[2][g] = SCALING * b_OR.T @ dy_O.T @ x_I
+        wanted[3][g] = SCALING * dy_O.T @ x_I @ a_RI.T
     for a, b in zip(found, wanted, strict=True):
         assert_close(a, b)
-    assert torch.autograd.gradcheck(
-        lambda *tensors: ops.grouped_lora(*tensors, start_G1, SCALING), tensors
-    )
+    assert not found[0][rows:].any() and not found[1][rows:].any()
+    for gradient in found[2:]:
+        assert not gradient[start_G1.diff() == 0].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision_of_grouped_lora(dtype: torch.dtype) -> None:
-    *tensors, start_G1 = lora_inputs([40, 0, 60], 3)
-    low = [x.to(dtype) for x in tensors]
-    y_NO = ops.grouped_lora(*low, start_G1, SCALING)
-    assert y_NO.dtype == dtype
-    ref_NO = ops.grouped_lora_ref(*low, start_G1, SCALING)
-    ref64_NO = ops.grouped_lora_ref(*(x.double() for x in low), start_G1, SCALING)
-    assert_close_to_ref64(y_NO, ref_NO, ref64_NO)
+@groups
+@pytest.mark.parametrize("R, I, O", [(3, 9, 5), (1, 1, 1), (5, 2, 17), (17, 3, 1)])
+def test_gradcheck(sizes: list[int], tail: int, R: int, I: int, O: int) -> None:
+    tensors, start_G1, _ = inputs(sizes, tail, R, I, O)
+    leaves = [x.requires_grad_() for x in tensors]
+    if len(leaves[0]):
+        assert torch.autograd.gradcheck(
+            lambda *leaves: ops.grouped_lora(*leaves, start_G1, SCALING), leaves
+        )
 
 
-def test_non_contiguous_grouped_lora() -> None:
-    *tensors, start_G1 = lora_inputs([3, 1, 4], 2)
-    y_NO = ops.grouped_lora(*tensors, start_G1, SCALING)
-    assert_close(ops.grouped_lora(*map(scattered, tensors), start_G1, SCALING), y_NO)
+# Below, at and beyond each block and tile: 48 rows, 16 ranks, 256 columns; 64 terms, 96 columns.
+SIZES = {
+    "one of each": ([1], 0, 1, 1, 1),
+    "one more than a block": ([97, 1], 1, 17, 257, 97),
+    "whole blocks": ([96, 0, 48], 0, 32, 512, 192),
+    "rank 128": ([50, 20], 3, 128, 40, 70),
+    "rank 13": ([130, 70, 5], 2, 13, 311, 203),
+    "many groups": ([0, 1, 2, 3, 0] * 12, 7, 8, 72, 24),
+}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def shrink_by_hand(x_TI: Tensor, lora_a_ERI: Tensor, plan: ops.Plan) -> Tensor:
-    T, K = plan.expert_TK.shape
-    a_TKR = x_TI.new_zeros(T, K, lora_a_ERI.shape[1])
-    for t in range(T):
-        for k, e in enumerate(plan.expert_TK[t].tolist()):
-            if e >= 0:
-                a_TKR[t, k] = lora_a_ERI[e] @ x_TI[t]
-    return a_TKR
-
-
-@cases
-def test_grouped_shrink(T: int, K: int, E: int, load: str) -> None:
-    plan, x_TI, lora_a_ERI = some_plan(T, K, E, load), normal(T, I), normal(E, R, I, seed=1)
-    a_TKR = ops.grouped_shrink(x_TI, lora_a_ERI, plan)
-    assert a_TKR.shape == (T, K, R)
-    assert_close(a_TKR, shrink_by_hand(x_TI, lora_a_ERI, plan))
-    assert_close(ops.grouped_shrink_ref(x_TI, lora_a_ERI, plan), a_TKR)
-    assert not a_TKR[plan.expert_TK < 0].any()
-
-
-@cases
-def test_gradients_of_grouped_shrink(T: int, K: int, E: int, load: str) -> None:
-    plan = some_plan(T, K, E, load)
-    tensors = normal(T, I).requires_grad_(), normal(E, R, I, seed=1).requires_grad_()
-    da_TKR = normal(T, K, R, seed=2)
-    da_TKR[plan.expert_TK < 0] = torch.nan  # nobody's
-    found = torch.autograd.grad(ops.grouped_shrink(*tensors, plan), tensors, da_TKR)
-    wanted = [torch.zeros_like(x) for x in tensors]
-    for t in range(T):
-        for k, e in enumerate(plan.expert_TK[t].tolist()):
-            if e >= 0:
-                wanted[0][t] += da_TKR[t, k] @ tensors[1][e].detach()
-                wanted[1][e] += torch.outer(da_TKR[t, k], tensors[0][t].detach())
-    for a, b in zip(found, wanted, strict=True):
-        assert_close(a, b)
-
-
-@pytest.mark.parametrize("load", ["uniform", "empty slots", "some empty"])
-def test_gradcheck_of_grouped_shrink(load: str) -> None:
-    plan = some_plan(5, 2, 4, load)
-    tensors = normal(5, 4).requires_grad_(), normal(4, 2, 4, seed=1).requires_grad_()
-    assert torch.autograd.gradcheck(lambda *tensors: ops.grouped_shrink(*tensors, plan), tensors)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision_of_grouped_shrink(dtype: torch.dtype) -> None:
-    plan = some_plan(100, 2, 8, "zipf")
-    tensors = normal(100, 72, dtype=dtype), normal(8, 6, 72, seed=1, dtype=dtype)
-    da_TKR = normal(100, 2, 6, seed=2, dtype=dtype)
-
-    def run(op, dtype: torch.dtype) -> list[Tensor]:
-        inputs = [x.to(dtype).requires_grad_() for x in tensors]
-        a_TKR = op(*inputs, plan)
-        return [a_TKR, *torch.autograd.grad(a_TKR, inputs, da_TKR.to(dtype))]
-
-    native, ref = run(ops.grouped_shrink, dtype), run(ops.grouped_shrink_ref, dtype)
-    ref64 = run(ops.grouped_shrink_ref, torch.float64)
-    for values, factor in zip(zip(native, ref, ref64, strict=True), (2, 3, 3), strict=True):
+@pytest.mark.parametrize("sizes, tail, R, I, O", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_against_reference(
+    sizes: list[int], tail: int, R: int, I: int, O: int, dtype: torch.dtype
+) -> None:
+    tensors, start_G1, dy_NO = inputs(sizes, tail, R, I, O, dtype)
+    with poisoned():
+        found = results(ops.grouped_lora, tensors, start_G1, dy_NO)
+    ref = results(ops.grouped_lora_ref, tensors, start_G1, dy_NO)
+    wide = [x.double() for x in tensors]
+    ref64 = results(ops.grouped_lora_ref, wide, start_G1, dy_NO.double())
+    for values, factor in zip(zip(found, ref, ref64, strict=True), (2, 3, 3, 3), strict=True):
         assert values[0].dtype == dtype
-        assert_close_to_ref64(*values, factor=factor)
+        if dtype == torch.float64:
+            assert_close(values[0], values[1])
+        else:
+            assert_close_to_ref64(*values, factor=factor)
+        if dtype in (torch.bfloat16, torch.float16):  # one rounding: fp32 inside
+            assert_close(values[0].double(), values[2], rel=torch.finfo(dtype).eps)
 
 
-def test_non_contiguous_grouped_shrink() -> None:
-    plan = some_plan(60, 3, 5, "empty slots")
-    plain = [normal(60, I), normal(5, R, I, seed=1)]
-    da_TKR = normal(60, 3, R, seed=2)
-    results = []
-    for tensors, da in ((plain, da_TKR), (map(scattered, plain), scattered(da_TKR))):
-        inputs = [x.requires_grad_() for x in tensors]
-        a_TKR = ops.grouped_shrink(*inputs, plan)
-        results.append([a_TKR, *torch.autograd.grad(a_TKR, inputs, da)])
-    for a, b in zip(*results, strict=True):
-        assert_close(a, b)
+def test_non_contiguous() -> None:
+    tensors, start_G1, dy_NO = inputs([3, 1, 4], 2)
+    far_start_G1 = start_G1.repeat_interleave(2)[::2]
+    far = [scattered(x) for x in tensors], far_start_G1, scattered(dy_NO)
+    found = results(ops.grouped_lora, *far)
+    assert_same_bits(found, results(ops.grouped_lora, tensors, start_G1, dy_NO))
 
 
-def test_reference_switch(monkeypatch) -> None:
-    plan, x_TI, lora_a_ERI = some_plan(60, 2, 5, "zipf"), normal(60, I), normal(5, R, I, seed=1)
-    wanted_TKR = ops.grouped_shrink(x_TI, lora_a_ERI, plan)
-    assert torch.equal(ops.grouped_shrink(x_TI, lora_a_ERI, plan), wanted_TKR)
-    x_TI.requires_grad_()
+def test_one_tensor_of_three_wants_a_gradient() -> None:
+    tensors, start_G1, dy_NO = inputs([3, 0, 4], 2)
+    _, *wanted = results(ops.grouped_lora, tensors, start_G1, dy_NO)
+    for i, want in enumerate(wanted):
+        leaves = [x.detach().requires_grad_(i == j) for j, x in enumerate(tensors)]
+        ops.grouped_lora(*leaves, start_G1, SCALING).backward(dy_NO)
+        assert torch.equal(leaves[i].grad, want)
+        assert sum(leaf.grad is not None for leaf in leaves) == 1
+
+
+def test_any_number_of_threads() -> None:
+    arguments = inputs([200, 10, 0, 300, 50], 9, 16, 200, 150, torch.float32)
+    assert_any_number_of_threads(lambda: results(ops.grouped_lora, *arguments))
+
+
+@every_instruction_set
+def test_every_instruction_set(isa: str) -> None:
+    program = (
+        "import torch; from mixlora import ops\n"
+        "start = torch.tensor([0, 60, 60, 61, 200], dtype=torch.int32)\n"
+        "shapes = (210, 331), (4, 19, 331), (4, 107, 19), (210, 107)\n"
+        "*tensors, dy = [torch.randn(shape) for shape in shapes]\n"
+        "def grads(op, dtype):\n"
+        "    leaves = [t.to(dtype).requires_grad_() for t in tensors]\n"
+        "    out = op(*leaves, start, 1.7)\n"
+        "    return out, *torch.autograd.grad(out, leaves, dy.to(dtype))\n"
+        "for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):\n"
+        "    for a, b in zip(grads(ops.grouped_lora, dtype), grads(ops.grouped_lora_ref, dtype)):\n"
+        "        print((a - b).abs().max() <= b.abs().max() * 8 * torch.finfo(dtype).eps)"
+    )
+    assert said_with(isa, program).split() == [isa] + ["tensor(True)"] * 16
+
+
+@groups
+def test_opcheck(sizes: list[int], tail: int) -> None:
+    tensors, start_G1, dy_NO = inputs(sizes, tail)
+    arguments = dy_NO, *tensors, start_G1, SCALING
+    torch.library.opcheck(torch.ops.mixlora.grouped_lora_backward.default, arguments)
+    leaves = [x.requires_grad_() for x in tensors]
+    torch.library.opcheck(torch.ops.mixlora.grouped_lora.default, (*leaves, start_G1, SCALING))
+
+
+def test_compile() -> None:
+    tensors, start_G1, _ = inputs([3, 0, 4], 2)
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return (ops.grouped_lora(*tensors, start_G1, SCALING) ** 2).sum()
+
+    assert_compiles(loss, *(x.requires_grad_() for x in tensors))
+
+
+def test_second_derivative_is_an_error() -> None:
+    (x_NI, *rest), start_G1, _ = inputs([3, 0, 4], 2)
+    y_NO = ops.grouped_lora(x_NI.requires_grad_(), *rest, start_G1, SCALING)
+    (dx_NI,) = torch.autograd.grad((y_NO**2).sum(), x_NI, create_graph=True)
+    with pytest.raises(RuntimeError, match="^grouped_lora_backward has no derivative"):
+        dx_NI.sum().backward()
+
+
+def test_reference_switch() -> None:
+    (x_NI, *rest), start_G1, _ = inputs([3, 0, 4], 2)
+    x_NI.requires_grad_()
     with ops.reference():
-        a_TKR = ops.grouped_shrink(x_TI, lora_a_ERI, plan)
-    ref_TKR = ops.grouped_shrink_ref(x_TI, lora_a_ERI, plan)
-    assert a_TKR.grad_fn.name() == ref_TKR.grad_fn.name()
-    assert torch.equal(a_TKR, ref_TKR)
-    assert_close(a_TKR, wanted_TKR)
+        y_NO = ops.grouped_lora(x_NI, *rest, start_G1, SCALING)
+    ref_NO = ops.grouped_lora_ref(x_NI, *rest, start_G1, SCALING)
+    assert y_NO.grad_fn.name() == ref_NO.grad_fn.name()
+    assert torch.equal(y_NO, ref_NO)
+    assert_close(ops.grouped_lora(x_NI, *rest, start_G1, SCALING), ref_NO)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"x_NI": torch.zeros(6, 4).int()}, "x_NI must be float64, float32, bfloat16 or float16"),
+        ({"x_NI": torch.zeros(6)}, "x_NI must be [N, I], got [6]"),
+        ({"x_NI": torch.zeros(6, 5)}, "lora_a_GRI must be [G, R, I] = [2, 3, 5], got [2, 3, 4]"),
+        ({"lora_a_GRI": torch.zeros(2, 3, 4).double()}, "lora_a_GRI must be float32, got float64"),
+        ({"lora_b_GOR": torch.zeros(2, 5, 3).double()}, "lora_b_GOR must be float32, got float64"),
+        ({"lora_b_GOR": torch.zeros(2, 5, 2)}, "lora_b_GOR must be [G, O, R] = [2, 5, 3]"),
+        ({"group_start_G1": torch.zeros(3)}, "group_start_G1 must be int32, got float32"),
+        ({"group_start_G1": torch.zeros(2).int()}, "group_start_G1 must be [G1] = [3], got [2]"),
+        ({"group_start_G1": torch.tensor([0, 2, 7]).int()}, "group_start_G1 must ascend from 0 to"),
+        ({"group_start_G1": torch.tensor([0, 3, 2]).int()}, "group_start_G1 must ascend from 0 to"),
+        ({"group_start_G1": torch.tensor([1, 2, 3]).int()}, "group_start_G1 must ascend from 0 to"),
+    ],
+)
+def test_errors(changes: dict[str, Tensor], message: str) -> None:
+    right = {
+        "x_NI": torch.zeros(6, 4),
+        "lora_a_GRI": torch.zeros(2, 3, 4),
+        "lora_b_GOR": torch.zeros(2, 5, 3),
+        "group_start_G1": torch.tensor([0, 2, 5], dtype=torch.int32),
+        "scaling": 1.0,
+    }
+    for op in ("grouped_lora", "grouped_lora_backward"):
+        gradient = {} if op == "grouped_lora" else {"dy_NO": torch.zeros(6, 5)}
+        with pytest.raises(RuntimeError) as error:
+            getattr(torch.ops.mixlora, op)(**gradient, **{**right, **changes})
+        assert str(error.value).startswith(f"{op}: {message}")
