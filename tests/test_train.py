@@ -195,8 +195,10 @@ def test_bfloat16_trains(settings: dict, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("adapter", [MIXLORA, LORA], ids=["mixlora", "lora"])
 def test_how_a_batch_is_cut_does_not_change_the_gradient(checkpoint: Path, adapter: dict) -> None:
-    """Batch 8 at once against 8 batches of 1, ragged, without dropout or router loss."""
-    config = mixlora.AdapterConfig(**{**adapter, "lora_dropout": 0.0, "router_loss": False})
+    """Batch 8 at once against 8 batches of 1, ragged, without dropout or router loss. In float64
+    but for the loss: float32 products alone differ by as much as 1.5e-6 with their sizes."""
+    no_loss = {"router_loss": False} if "routing_strategy" in adapter else {}
+    config = mixlora.AdapterConfig(**{**adapter, "lora_dropout": 0.0, **no_loss})
     generator = torch.Generator().manual_seed(0)
     samples = []
     for length in (5, 30, 9, 17, 40, 8, 23, 12):
@@ -214,7 +216,7 @@ def test_how_a_batch_is_cut_does_not_change_the_gradient(checkpoint: Path, adapt
             for key, parameter in parameters.items():
                 if key.endswith("lora_B"):
                     parameter.normal_(std=0.02)
-        model.train()
+        model.double().train()
         for start in range(0, 8, size):
             batch = collate(samples[start : start + size])
             loss, _ = model(batch.tokens_BS, mask_BS=batch.mask_BS, labels_BS=batch.labels_BS)
