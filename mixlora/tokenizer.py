@@ -14,6 +14,7 @@ Tokens that these files name are found in any text, as transformers finds them; 
 of a sentencepiece model that no file names are not, as in sentencepiece.
 """
 
+import abc
 import base64
 import importlib
 import re
@@ -131,24 +132,24 @@ class Tokenizer:
         return None
 
 
-class Reader:
+class Reader(abc.ABC):
     """One kind of file. `named` holds what the file itself says of bos_token and the like."""
 
     size: int
     adds_bos: bool
     named: dict[str, int]
 
-    def encode(self, text: str) -> list[int]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def encode(self, text: str) -> list[int]: ...
 
-    def decode(self, tokens: list[int]) -> str:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def decode(self, tokens: list[int]) -> str: ...
 
-    def id_of(self, token: str) -> int | None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def id_of(self, token: str) -> int | None: ...
 
-    def text_of(self, token: int) -> str:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def text_of(self, token: int) -> str: ...
 
 
 class TokenizersFile(Reader):

@@ -4,6 +4,7 @@ A router's constructor names the adapter settings it reads, with their defaults;
 hidden states into a Routing. A new one is a class here with a line in ROUTERS.
 """
 
+import abc
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -16,7 +17,7 @@ from mixlora.layers.context import Sequences
 from mixlora.ops.topk_router import Routing, routing_sums, topk_router
 
 
-class Router(nn.Module):
+class Router(nn.Module, abc.ABC):
     """logits = W x. Subclasses choose experts from them."""
 
     kind = "MIXLORA"  # which mixtures it routes, under their peft_type
@@ -46,8 +47,9 @@ class Router(nn.Module):
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(low, high)
         return x_TD @ self.weight.to(wide).T
 
+    @abc.abstractmethod
     def forward(self, x_TD: Tensor, sequences: Sequences) -> Routing:
-        raise NotImplementedError
+        """Experts and weights of every token, and the sums of the losses (`routing_sums`)."""
 
 
 class TopKRouter(Router):
