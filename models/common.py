@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from mixlora.errors import InputError, did_you_mean
 from mixlora.layers.kv_cache import KvCache
@@ -99,18 +99,46 @@ def next_token_loss(
     """(sum of cross-entropies in fp32, number of labels); the label at s is predicted from s - 1.
 
     Only positions with a label (not -100, not the first of a segment) reach the vocabulary, a
-    chunk at a time, computed again in backward: the logits are never held whole.
+    chunk at a time: the logits are never held whole.
     """
     target_BS = labels_BS[:, 1:]
     wanted_BS = target_BS != -100
     if segments_BS is not None:
         wanted_BS = wanted_BS & (segments_BS[:, 1:] == segments_BS[:, :-1])
     hidden_TD, target_T = hidden_BSD[:, :-1][wanted_BS], target_BS[wanted_BS]
+    return _ChunkedLoss.apply(hidden_TD, lm_head.weight, target_T, lm_head), wanted_BS.sum()
 
-    def chunk_loss(hidden_TD: Tensor, target_T: Tensor) -> Tensor:
-        return F.cross_entropy(lm_head(hidden_TD).float(), target_T, reduction="sum")
 
-    step = max(1, LOGITS_PER_CHUNK // lm_head.out_features)
-    chunks = zip(hidden_TD.split(step), target_T.split(step), strict=True)
-    losses = [checkpoint(chunk_loss, h, t, use_reentrant=False) for h, t in chunks]
-    return torch.stack(losses).sum(), wanted_BS.sum()
+class _ChunkedLoss(torch.autograd.Function):
+    """A chunk's gradients are taken while its logits are there: these are computed once, and what
+    is kept for backward is the gradients alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight: Tensor, target_T: Tensor, lm_head: nn.Linear
+    ) -> Tensor:
+        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
+        dhidden_TD = torch.zeros_like(hidden_TD) if needs_hidden else None
+        dweight = torch.zeros_like(weight) if needs_weight else None
+        loss = hidden_TD.new_zeros((), dtype=torch.float32)
+        step = max(1, LOGITS_PER_CHUNK // lm_head.out_features)
+        for start in range(0, len(target_T), step):
+            chunk = slice(start, start + step)
+            x_TD = hidden_TD[chunk].detach().requires_grad_(needs_hidden)
+            with torch.set_grad_enabled(needs_hidden or needs_weight):
+                logits_TV = lm_head(x_TD).float()
+                chunk_loss = F.cross_entropy(logits_TV, target_T[chunk], reduction="sum")
+            loss += chunk_loss.detach()
+            if needs_hidden:
+                (dx_TD,) = torch.autograd.grad(chunk_loss, x_TD, retain_graph=needs_weight)
+                dhidden_TD[chunk] = dx_TD
+            if needs_weight:
+                dweight += torch.autograd.grad(chunk_loss, weight)[0]
+        ctx.save_for_backward(dhidden_TD, dweight)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = (x if x is None else x * dloss.to(x.dtype) for x in ctx.saved_tensors)
+        return *scaled, None, None

@@ -337,6 +337,7 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 def test_chunked_loss(monkeypatch, family: str, rows_per_chunk: int) -> None:
     model = tiny_model(family)
     add_filled(model)
+    model.lm_head.weight.requires_grad_()
     tokens_BS, labels_BS = labelled()
     logits_BSV = model(tokens_BS)
     wanted = F.cross_entropy(
