@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from mixlora.errors import InputError, did_you_mean
 from mixlora.layers.kv_cache import KvCache
-from mixlora.ops import ACTIVATIONS
+from mixlora.ops import ACTIVATIONS, linear
 
 LOGITS_PER_CHUNK = 1 << 24  # 64 MiB in fp32
 
@@ -42,9 +42,50 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        wide = x_BSD.to(torch.promote_types(x_BSD.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x_BSD.dtype)
+        return rms_norm(x_BSD, self.weight, self.eps)
+
+
+def rms_norm(x_BSD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) in fp32, rounded to the weight's dtype and multiplied by it."""
+    return _RmsNorm.apply(x_BSD, weight_D, eps)
+
+
+class _RmsNorm(torch.autograd.Function):
+    """Keeps x and a number per token for backward, no copy of x in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BSD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        wide_BSD = widened(x_BSD)
+        rate_BS1 = torch.rsqrt(wide_BSD.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x_BSD, weight_D, rate_BS1)
+        return (weight_D * (wide_BSD * rate_BS1).to(weight_D.dtype)).to(x_BSD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BSD: Tensor) -> tuple[Tensor | None, ...]:
+        x_BSD, weight_D, rate_BS1 = ctx.saved_tensors
+        unit_BSD, dy_BSD = widened(x_BSD) * rate_BS1, widened(dy_BSD)
+        dunit_BSD = dy_BSD * weight_D
+        along_BS1 = (dunit_BSD * unit_BSD).mean(-1, keepdim=True)
+        dx_BSD = (dunit_BSD - unit_BSD * along_BS1) * rate_BS1
+        dweight_D = None
+        if ctx.needs_input_grad[1]:
+            dweight_D = (dy_BSD * unit_BSD).flatten(0, -2).sum(0).to(weight_D.dtype)
+        return dx_BSD.to(x_BSD.dtype), dweight_D, None
+
+
+def widened(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Head(nn.Linear):
+    """From hidden states to logits."""
+
+    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+        super().__init__(hidden_size, vocab_size, bias=False)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return linear(x_BSD, self.weight)
 
 
 def positions_of(tokens_BS: Tensor, mask_BS: Tensor | None, segments_BS: Tensor | None) -> Tensor:

@@ -20,7 +20,15 @@ from mixlora.layers.context import ForwardContext
 from mixlora.layers.kv_cache import KvCache
 from mixlora.layers.lora import Linear
 from mixlora.layers.mixlora_ffn import FeedForward
-from models.common import attention_mask, check_sizes, next_token_loss, positions_of
+from models.common import (
+    Head,
+    attention_mask,
+    check_sizes,
+    next_token_loss,
+    positions_of,
+    rms_norm,
+    widened,
+)
 from models.rotary import Rope, apply_rotary, rotary
 
 
@@ -64,9 +72,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        wide = x_BSD.to(torch.promote_types(x_BSD.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * (1 + self.weight.to(wide.dtype))).to(x_BSD.dtype)
+        return rms_norm(x_BSD, 1 + widened(self.weight), self.eps)
 
 
 class Attention(nn.Module):
@@ -147,8 +153,8 @@ class Gemma(AdaptedModel):
     def new_block(self, layer: int) -> nn.Module:
         return Block(self.config, layer)
 
-    def new_head(self) -> nn.Linear:
-        return nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+    def new_head(self) -> Head:
+        return Head(self.config.hidden_size, self.config.vocab_size)
 
     def tie_weights(self) -> None:
         if self.config.tie_word_embeddings:
@@ -311,9 +317,9 @@ class Gemma2Block(nn.Module):
         return x_BSD + self.post_feedforward_layernorm(y_BSD)
 
 
-class CappedHead(nn.Linear):
-    def __init__(self, in_features: int, out_features: int, cap: float | None) -> None:
-        super().__init__(in_features, out_features, bias=False)
+class CappedHead(Head):
+    def __init__(self, hidden_size: int, vocab_size: int, cap: float | None) -> None:
+        super().__init__(hidden_size, vocab_size)
         self.cap = cap
 
     def forward(self, x_BSD: Tensor) -> Tensor:
@@ -326,7 +332,7 @@ class Gemma2(Gemma):
     def new_block(self, layer: int) -> nn.Module:
         return Gemma2Block(self.config, layer)
 
-    def new_head(self) -> nn.Linear:
+    def new_head(self) -> Head:
         config = self.config
         return CappedHead(config.hidden_size, config.vocab_size, config.final_logit_softcapping)
 

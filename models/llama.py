@@ -19,7 +19,7 @@ from mixlora.layers.context import ForwardContext
 from mixlora.layers.kv_cache import KvCache
 from mixlora.layers.lora import Linear
 from mixlora.layers.mixlora_ffn import FeedForward
-from models.common import RMSNorm, attention_mask, check_sizes, next_token_loss, positions_of
+from models.common import Head, RMSNorm, attention_mask, check_sizes, next_token_loss, positions_of
 from models.rotary import Rope, apply_rotary, rotary
 
 
@@ -111,7 +111,7 @@ class Llama(AdaptedModel):
                 "norm": RMSNorm(D, config.rms_norm_eps),
             }
         )
-        self.lm_head = nn.Linear(D, V, bias=False)
+        self.lm_head = Head(D, V)
         self.tie_weights()
         self.requires_grad_(False)
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixlora.layers.context import ForwardContext, Span
+from mixlora.ops import linear
 
 
 class Linear(nn.Module):
@@ -28,7 +29,7 @@ class Linear(nn.Module):
 
     def forward(self, x_BSI: Tensor, context: ForwardContext) -> Tensor:
         """The frozen product once over all rows; each adapter changes its own."""
-        y_BSO = F.linear(x_BSI, self.weight, self.bias)
+        y_BSO = linear(x_BSI, self.weight, self.bias)
         parts = [
             self.adapt(span, span.rows(x_BSI), span.rows(y_BSO), context) for span in context.spans
         ]
@@ -115,8 +116,8 @@ class Lora(LoraPair):
         self, x_BSI: Tensor, y_BSO: Tensor, base: Linear, context: ForwardContext, span: Span
     ) -> Tensor:
         x_BSI = F.dropout(x_BSI, self.dropout, self.training)
-        a_BSR = x_BSI @ self.lora_A.to(x_BSI.dtype).T
-        delta_BSO = a_BSR * self.scaling @ self.lora_B.to(x_BSI.dtype).T
+        a_BSR = linear(x_BSI, self.lora_A.to(x_BSI.dtype))
+        delta_BSO = linear(a_BSR * self.scaling, self.lora_B.to(x_BSI.dtype))
         scale_O = self.dora_scale(base)
         return (
             y_BSO.add_(delta_BSO) if scale_O is None else rescale(y_BSO, delta_BSO, scale_O, base)
@@ -126,10 +127,9 @@ class Lora(LoraPair):
 def rescale(y_NO: Tensor, delta_NO: Tensor, scale_NO: Tensor, base: Linear) -> Tensor:
     """scale (W x + delta) + b of y = W x + b. Written so that a scale of 1 changes no bit, and a
     scale near 1 keeps its digits in bf16."""
-    # a copy: backward reads it, and y may be part of a tensor that others overwrite
-    product_NO = y_NO.clone() if base.bias is None else y_NO - base.bias
-    change_NO = (scale_NO - 1).to(y_NO.dtype) * product_NO
-    return y_NO + change_NO + scale_NO.to(y_NO.dtype) * delta_NO
+    adapted_NO = y_NO + delta_NO
+    product_NO = adapted_NO if base.bias is None else adapted_NO - base.bias
+    return adapted_NO + (scale_NO - 1).to(y_NO.dtype) * product_NO
 
 
 def init_lora_a(lora_a: Tensor, lora_init: str) -> Tensor:

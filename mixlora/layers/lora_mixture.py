@@ -13,6 +13,7 @@ from torch import Tensor
 from mixlora.layers.context import ForwardContext, Span
 from mixlora.layers.lora import Linear, LoraPair
 from mixlora.layers.router import Router
+from mixlora.ops import linear
 
 
 class LoraMixture(LoraPair):
@@ -29,9 +30,8 @@ class LoraMixture(LoraPair):
         weight_TE = routing.weight_TK.new_zeros(len(x_TI), len(self.lora_A))
         weight_TE = weight_TE.scatter(1, routing.expert_TK.long(), routing.weight_TK)
         x_TI = F.dropout(x_TI, self.dropout, self.training)
-        a_TER = (x_TI @ self.lora_A.to(x_TI.dtype).flatten(0, 1).T).unflatten(
-            1, self.lora_A.shape[:2]
-        )
+        a_TER = linear(x_TI, self.lora_A.to(x_TI.dtype).flatten(0, 1))
+        a_TER = a_TER.unflatten(1, self.lora_A.shape[:2])
         a_TER = a_TER * (self.scaling * weight_TE[..., None]).to(x_TI.dtype)
-        b_EOR = self.lora_B.to(x_TI.dtype)
-        return y_BSO.add_((a_TER.flatten(1) @ b_EOR.transpose(1, 2).flatten(0, 1)).view_as(y_BSO))
+        b_OER = self.lora_B.to(x_TI.dtype).transpose(0, 1)
+        return y_BSO.add_(linear(a_TER.flatten(1), b_OER.flatten(1)).view_as(y_BSO))

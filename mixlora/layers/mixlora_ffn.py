@@ -23,6 +23,7 @@ from mixlora.ops import (
     Routing,
     grouped_lora,
     grouped_shrink,
+    linear,
     moe_gather,
     moe_scatter,
     moe_sort,
@@ -50,7 +51,7 @@ class FeedForward(nn.Module):
         parts = [self._hidden(span, x_BSD, gate_BSF, up_BSF, context) for span in context.spans]
         hidden, finishes = zip(*parts, strict=True)
         h_NF = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
-        y_ND = F.linear(h_NF, self.down_proj.weight, self.down_proj.bias)
+        y_ND = linear(h_NF, self.down_proj.weight, self.down_proj.bias)
         if len(parts) == 1:
             return finishes[0](y_ND).view_as(x_BSD)
         ends = list(itertools.accumulate(map(len, hidden), initial=0))
@@ -178,7 +179,7 @@ class Experts(LoraPair):
         E = len(self.lora_B)
         column_TKR = torch.where(expert_TK < 0, E, expert_TK.long())[..., None].expand(T, K, R)
         z_TER = z_TKR.new_zeros(T, E + 1, R).scatter(1, column_TKR, z_TKR)[:, :E]
-        return z_TER.flatten(1) @ self.lora_B.to(z_TKR.dtype).transpose(1, 2).flatten(0, 1)
+        return linear(z_TER.flatten(1), self.lora_B.to(z_TKR.dtype).transpose(0, 1).flatten(1))
 
     def adapt(
         self, x_NI: Tensor, y_NO: Tensor, base: Linear, plan: Plan, expert_N: Tensor
