@@ -61,6 +61,7 @@ class LoopConfig:
     micro_batch_size: int | None = None  # samples per forward; None = batch_size
     max_seq_len: int = 512  # what longer samples lose is data.truncate
     gradient_checkpointing: bool = False  # per block: less memory, one more forward
+    activation: Literal["save", "recompute"] = "save"  # gate and up of the feed-forwards
     start_from: str | None = None  # an adapter's folder; None = fresh
     parts: list[Literal[PARTS]] = field(default_factory=lambda: list(PARTS))  # the rest is frozen
 
@@ -234,6 +235,7 @@ def fine_tune(
     progress = Progress(f"train {run.name}", num_steps, "steps", first)
     model.train()
     model.gradient_checkpointing = run.train.gradient_checkpointing
+    model.recompute_ffn = run.train.activation == "recompute"
 
     for step in range(first, num_steps):
         began = time.perf_counter()

@@ -110,6 +110,7 @@ def measure(model: AdaptedModel, side: Side, tokens_BS: Tensor, keep: bool) -> N
     names = [name for name in side.adapters for _ in range(rows)]
     model.train()
     model.gradient_checkpointing = side.run.train.gradient_checkpointing
+    model.recompute_ffn = side.run.train.activation == "recompute"
     result: dict[str, Tensor] = {}
 
     def forward() -> None:

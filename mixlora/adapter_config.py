@@ -85,6 +85,7 @@ class AdapterConfig:
     routing_strategy: str | None = None
     num_experts: int | None = None
     act_fn: str | None = None  # of the experts; None: the model's
+    dropout_masks: Literal["shared", "independent"] = "shared"  # by a token's experts
     top_k: int | None = None
     top_p: float | None = None
     temperature: float | None = None
@@ -199,6 +200,10 @@ class AdapterConfig:
             "act_fn": (
                 self.act_fn is None or (fused and self.act_fn in ACTIVATIONS),
                 f"one of {', '.join(ACTIVATIONS)}, and only with experts of a feed-forward",
+            ),
+            "dropout_masks": (
+                self.dropout_masks == "shared" or fused,
+                "shared, but with experts of a feed-forward",
             ),
             "use_dora": (
                 self.router is None or fused or not self.lora_arguments(True)["use_dora"],

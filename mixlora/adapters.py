@@ -67,7 +67,13 @@ def add_adapter(model: AdaptedModel, config: AdapterConfig, name: str = "default
         projections = tuple(p for p in PROJECTIONS if f"{path}.{p}" in targets)
         if projections or of_ffn.isdisjoint(targets):  # then, as upstream, routers alone
             gate = router(ffn.gate_proj)
-            mixture = MixLora(ffn, gate, projections=projections, act_fn=config.act_fn, **experts)
+            mixture = MixLora(
+                *(ffn, gate),
+                projections=projections,
+                act_fn=config.act_fn,
+                dropout_masks=config.dropout_masks,
+                **experts,
+            )
             ffn.mixtures[name] = mixture.to(device)
     model.adapter_configs[name] = config
     model.active_adapter = name

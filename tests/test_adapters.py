@@ -168,6 +168,7 @@ def test_config_saved_by_peft(tmp_path, task_type: str | None) -> None:
             SWITCH | {"capacity_seq_len": 64, "capacity_factor": 1.5, "expert_capacity": 3},
             "expert_capacity = 3: capacity_factor makes it 24",
         ),
+        ({"dropout_masks": "independent"}, "dropout_masks must be shared, but with experts of a"),
         ({"target_modules": []}, "target_modules must be a list of at least one projection"),
         ({"target_modules": "q_proj["}, "target_modules must be a list of at least one projection"),
         ({"target_modules": None}, "target_modules must be a list of text or text, got nothing"),

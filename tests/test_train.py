@@ -162,9 +162,10 @@ def test_a_checkpoint_without_its_step(state: str, settings: dict, tmp_path: Pat
     assert f"{path}: step must be a whole number >= 1, got" in capsys.readouterr().err
 
 
-def test_gradient_checkpointing_changes_no_bit(settings: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", [{"gradient_checkpointing": True}, {"activation": "recompute"}])
+def test_recomputing_changes_no_bit(settings: dict, tmp_path: Path, key: dict) -> None:
     expected = metrics(run(settings, tmp_path))
-    settings["train"]["gradient_checkpointing"] = True
+    settings["train"] |= key
     settings["run"]["overwrite"] = True
     assert metrics(run(settings, tmp_path)) == expected
 

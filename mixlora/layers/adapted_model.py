@@ -25,6 +25,7 @@ class AdaptedModel(nn.Module):
         self.name_or_path: str | None = None  # what the base was loaded as: a folder or a hub id
         self.folder: Path | None = None  # where its files are
         self.gradient_checkpointing = False  # one checkpoint per block, in training
+        self.recompute_ffn = False  # one per feed-forward
         self._context = ForwardContext(())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -65,7 +66,8 @@ class AdaptedModel(nn.Module):
         for name in {span.name for span in spans} - {None, *self.adapter_configs}:
             hint = did_you_mean(name, self.adapter_configs)
             raise InputError(f"the model has no adapter named {name!r}{hint}")
-        self._context = ForwardContext(spans, mask_BS, segments_BS, cache)
+        recompute_ffn = self.recompute_ffn and self.training
+        self._context = ForwardContext(spans, mask_BS, segments_BS, cache, recompute_ffn)
         return self._context
 
     @contextlib.contextmanager

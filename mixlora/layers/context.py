@@ -30,6 +30,7 @@ class ForwardContext:
     mask_BS: Tensor | None = None  # True = real token; None = all are
     segments_BS: Tensor | None = None  # documents of packed rows; None = a row is one
     cache: KvCache | None = None  # what the rows have seen before
+    recompute_ffn: bool = False  # feed-forwards keep their input alone for backward
     # (span, layer) -> its Routing: a block that is computed again finds its experts here
     routing: dict[tuple[Span, Any], Any] = field(default_factory=dict)
 

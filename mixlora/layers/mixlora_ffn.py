@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mixlora.layers.context import ForwardContext, Span
 from mixlora.layers.lora import Linear, LoraPair, rescale
@@ -21,7 +22,6 @@ from mixlora.ops import (
     ACTIVATIONS,
     Plan,
     Routing,
-    grouped_lora,
     grouped_shrink,
     linear,
     moe_gather,
@@ -46,6 +46,11 @@ class FeedForward(nn.Module):
         self.mixtures = nn.ModuleDict()
 
     def forward(self, x_BSD: Tensor, context: ForwardContext) -> Tensor:
+        if context.recompute_ffn:
+            return checkpoint(self._forward, x_BSD, context, use_reentrant=False)
+        return self._forward(x_BSD, context)
+
+    def _forward(self, x_BSD: Tensor, context: ForwardContext) -> Tensor:
         """Each frozen product once over all rows; each mixture works on its own rows."""
         gate_BSF, up_BSF = self.gate_proj(x_BSD, context), self.up_proj(x_BSD, context)
         parts = [self._hidden(span, x_BSD, gate_BSF, up_BSF, context) for span in context.spans]
@@ -74,12 +79,23 @@ class FeedForward(nn.Module):
             routing = mixture.moe_gate(x_TD, sequences)
             context.routing.setdefault((span, self), routing)
             return mixture(self, x_TD, gate_TF, up_TF, routing)
-        h_TF = ACTIVATIONS[self.act](gate_TF) * up_TF
+        if torch.is_grad_enabled():  # cheap to repeat: what is kept for backward is gate and up
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            h_TF = checkpoint(self._glu, gate_TF, up_TF, **options)
+        else:
+            h_TF = self._glu(gate_TF, up_TF)
         return h_TF, lambda y_TD: self.down_proj.adapt(span, h_TF, y_TD, context)
+
+    def _glu(self, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+        return ACTIVATIONS[self.act](gate_TF) * up_TF
 
 
 class MixLora(nn.Module):
-    """One adapter's router and experts in one feed-forward. Untargeted projections hold None."""
+    """One adapter's router and experts in one feed-forward. Untargeted projections hold None.
+
+    In training there is a dropout mask for each h_k, and one per token on the input of A1 and A3,
+    shared by its experts; or, with `dropout_masks` independent, one for each A of each expert.
+    """
 
     def __init__(
         self,
@@ -88,10 +104,12 @@ class MixLora(nn.Module):
         *,
         projections: tuple[str, ...],
         act_fn: str | None = None,
+        dropout_masks: str = "shared",
         **lora,
     ) -> None:
         super().__init__()
         self.num_experts, self.act = router.num_experts, act_fn or ffn.act
+        self.dropout_masks = dropout_masks
         self.moe_gate = router
         self.scaling, self.dropout = 1.0, 0.0
         self.gate_proj = self.up_proj = self.down_proj = None
@@ -103,64 +121,86 @@ class MixLora(nn.Module):
     def forward(
         self, ffn: FeedForward, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
     ) -> tuple[Tensor, Finish]:
-        """(h_NF, finish): y = finish(W2 h + b2). gate and up are W1 x + b1 and W3 x + b3.
-
-        In training one dropout mask per token on the input of A1 and A3, shared by its experts,
-        and one on each h_k.
-        """
+        """(h_NF, finish): y = finish(W2 h + b2). gate and up are W1 x + b1 and W3 x + b3."""
         plan = moe_sort(routing.expert_TK, self.num_experts)
+        a_gate_TKR, a_up_TKR = self._shrink(x_TD, plan)
         is_routed = self.down_proj is not None and self.down_proj.lora_magnitude_vector is not None
         path = self._routed if is_routed else self._shared
-        h_NF, finish = path(ffn, x_TD, gate_TF, up_TF, plan, routing)
+        h_NF, finish = path(ffn, gate_TF, up_TF, a_gate_TKR, a_up_TKR, plan, routing.weight_TK)
         return h_NF, lambda y_ND: self._with_skipped(finish(y_ND), x_TD, routing.skip_T)
 
-    def _shared(self, ffn, x_TD, gate_TF, up_TF, plan, routing) -> tuple[Tensor, Finish]:
-        """W2 once per token, on sum_k g_k h_k."""
+    def _shrink(self, x_TD: Tensor, plan: Plan) -> list[Tensor | None]:
+        """A1 x and A3 x, for the experts of each token."""
+        dropout = self.dropout if self.training else 0.0
+        pairs = self.gate_proj, self.up_proj
+        if self.dropout_masks == "shared" or not dropout:
+            x_TD = F.dropout(x_TD, dropout)
+            return [p and grouped_shrink(x_TD, p.lora_A.to(x_TD.dtype), plan) for p in pairs]
+        rows, x_ND = rows_as_tokens(plan), moe_gather(x_TD, plan)
+        a_N1R = [
+            p and grouped_shrink(F.dropout(x_ND, dropout), p.lora_A.to(x_ND.dtype), rows)
+            for p in pairs
+        ]
+        row_TK = plan.slot_row_TK.clamp_min(0).long()
+        return [None if a is None else a[row_TK, 0] for a in a_N1R]
+
+    def _hidden(
+        self, ffn, gate_TF, up_TF, a_gate_TKR, a_up_TKR, plan, weight_TK
+    ) -> tuple[Tensor, Tensor | None]:
+        """sum_k g_k h_k [T, F], and A2 h_k [T, K, R]."""
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         dropout = self.dropout if self.training else 0.0
-        seed = torch.randint(2**62, (), device=x_TD.device) if dropout else None
-        dropped_TD = F.dropout(x_TD, dropout)
-        a_gate_TKR = gate and grouped_shrink(dropped_TD, gate.lora_A.to(x_TD.dtype), plan)
-        a_up_TKR = up and grouped_shrink(dropped_TD, up.lora_A.to(x_TD.dtype), plan)
-        hbar_TF, z_TKR = shared_glu(
+        seed = torch.randint(2**62, (), device=gate_TF.device) if dropout else None
+        return shared_glu(
             *(gate_TF, up_TF, a_gate_TKR, a_up_TKR),
             *(gate and gate.lora_B, up and up.lora_B, down and down.lora_A),
-            *(plan, routing.weight_TK, self.scaling, self.act, dropout, seed),
+            *(plan, weight_TK, self.scaling, self.act, dropout, seed),
             scale_gate_EF=gate and gate.dora_scale(ffn.gate_proj),
             scale_up_EF=up and up.dora_scale(ffn.up_proj),
             bias_gate_F=ffn.gate_proj.bias,
             bias_up_F=ffn.up_proj.bias,
         )
+
+    def _shared(
+        self, ffn, gate_TF, up_TF, a_gate_TKR, a_up_TKR, plan, weight_TK
+    ) -> tuple[Tensor, Finish]:
+        """W2 once per token, on sum_k g_k h_k."""
+        inputs = gate_TF, up_TF, a_gate_TKR, a_up_TKR
+        hbar_TF, z_TKR = self._hidden(ffn, *inputs, plan, weight_TK)
         delta_TD = None
-        if down is not None:
-            scaled_TKR = z_TKR * (self.scaling * routing.weight_TK[..., None])
-            delta_TD = down.expand(scaled_TKR.to(x_TD.dtype), routing.expert_TK)
+        if self.down_proj is not None:
+            scaled_TKR = z_TKR * (self.scaling * weight_TK[..., None])
+            delta_TD = self.down_proj.expand(scaled_TKR.to(hbar_TF.dtype), plan.expert_TK)
 
         def finish(y_TD: Tensor) -> Tensor:
             if delta_TD is not None:
                 y_TD.add_(delta_TD)
             if ffn.down_proj.bias is None:
                 return y_TD
-            extra_T1 = routing.weight_TK.sum(-1, keepdim=True) - 1  # b2 enters as (sum_k g_k) b2
+            extra_T1 = weight_TK.sum(-1, keepdim=True) - 1  # b2 enters as (sum_k g_k) b2
             return y_TD.add_(extra_T1.to(y_TD.dtype) * ffn.down_proj.bias)
 
         return hbar_TF, finish
 
-    def _routed(self, ffn, x_TD, gate_TF, up_TF, plan, routing) -> tuple[Tensor, Finish]:
-        """W2 on rows sorted by expert, one per token and expert; W1 and W3 once per token."""
-        expert_N = _experts_of_rows(plan)
-        x_ND = moe_gather(F.dropout(x_TD, self.dropout, self.training), plan)
+    def _routed(
+        self, ffn, gate_TF, up_TF, a_gate_TKR, a_up_TKR, plan, weight_TK
+    ) -> tuple[Tensor, Finish]:
+        """W2 on each h_k: a row of an expert is a token with one slot."""
+        rows = rows_as_tokens(plan)
         gate_NF, up_NF = moe_gather(gate_TF, plan), moe_gather(up_TF, plan)
-        if self.gate_proj is not None:
-            gate_NF = self.gate_proj.adapt(x_ND, gate_NF, ffn.gate_proj, plan, expert_N)
-        if self.up_proj is not None:
-            up_NF = self.up_proj.adapt(x_ND, up_NF, ffn.up_proj, plan, expert_N)
-        h_NF = ACTIVATIONS[self.act](gate_NF) * up_NF
+        slot_N = plan.row_slot_N.clamp_min(0).long()
+        a_N1R = [
+            None if a is None else a.flatten(0, 1).index_select(0, slot_N)[:, None]
+            for a in (a_gate_TKR, a_up_TKR)
+        ]
+        ones_N1 = weight_TK.new_ones(rows.expert_TK.shape)
+        h_NF, z_N1R = self._hidden(ffn, gate_NF, up_NF, *a_N1R, rows, ones_N1)
+        delta_ND = self.down_proj.expand((self.scaling * z_N1R).to(h_NF.dtype), rows.expert_TK)
 
         def finish(y_ND: Tensor) -> Tensor:
-            dropped_NF = F.dropout(h_NF, self.dropout, self.training)
-            y_ND = self.down_proj.adapt(dropped_NF, y_ND, ffn.down_proj, plan, expert_N)
-            return moe_scatter(y_ND, plan, routing.weight_TK)
+            scale_ED = self.down_proj.dora_scale(ffn.down_proj)
+            scale_ND = scale_ED.index_select(0, rows.expert_TK[:, 0].clamp_min(0).long())
+            return moe_scatter(rescale(y_ND, delta_ND, scale_ND, ffn.down_proj), plan, weight_TK)
 
         return h_NF, finish
 
@@ -168,6 +208,13 @@ class MixLora(nn.Module):
         if skip_T is not None:
             y_TD = y_TD + skip_T[:, None].to(x_TD.dtype) * x_TD
         return F.dropout(y_TD, getattr(self.moe_gate, "ffn_dropout", 0.0), self.training)
+
+
+def rows_as_tokens(plan: Plan) -> Plan:
+    """The plan of the routed rows themselves: each a token of one expert, or of none."""
+    expert_N = plan.expert_TK.flatten().index_select(0, plan.row_slot_N.clamp_min(0).long())
+    expert_N = torch.where(plan.row_slot_N < 0, -1, expert_N)
+    return moe_sort(expert_N[:, None], len(plan.expert_start_E1) - 1)
 
 
 class Experts(LoraPair):
@@ -180,20 +227,3 @@ class Experts(LoraPair):
         column_TKR = torch.where(expert_TK < 0, E, expert_TK.long())[..., None].expand(T, K, R)
         z_TER = z_TKR.new_zeros(T, E + 1, R).scatter(1, column_TKR, z_TKR)[:, :E]
         return linear(z_TER.flatten(1), self.lora_B.to(z_TKR.dtype).transpose(0, 1).flatten(1))
-
-    def adapt(
-        self, x_NI: Tensor, y_NO: Tensor, base: Linear, plan: Plan, expert_N: Tensor
-    ) -> Tensor:
-        """y = W x + b of rows sorted by expert, each with its expert's update."""
-        lora_a, lora_b = self.lora_A.to(x_NI.dtype), self.lora_B.to(x_NI.dtype)
-        delta_NO = grouped_lora(x_NI, lora_a, lora_b, plan.expert_start_E1, self.scaling)
-        scale_EO = self.dora_scale(base)
-        if scale_EO is None:
-            return y_NO + delta_NO
-        return rescale(y_NO, delta_NO, scale_EO.index_select(0, expert_N), base)
-
-
-def _experts_of_rows(plan: Plan) -> Tensor:
-    """The expert of every row; 0 behind the valid rows, whose slot is nobody's."""
-    expert_N = plan.expert_TK.flatten().index_select(0, plan.row_slot_N.clamp_min(0).long())
-    return expert_N.clamp_min(0).long()

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import mixlora
 from mixlora import ops
@@ -214,6 +215,78 @@ def test_dropout_keeps_the_mean_of_what_is_linear_in_it() -> None:
     mean_SD = ffn(x_BSD, context(x_BSD)).mean(0)
     wanted_SD = ffn.eval()(x_BSD[:1], context(x_BSD[:1]))[0]
     assert_close(mean_SD, wanted_SD, rel=0.05)
+
+
+def drawn(x: Tensor, p: float, seed: int) -> Tensor:
+    keep = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)) >= p
+    return keep.to(x.dtype) / (1 - p)
+
+
+@pytest.mark.parametrize("masks", ["shared", "independent"])
+def test_dropout_masks(monkeypatch, masks: str) -> None:
+    """One mask per token on the input of A1 and A3, or one for each A of each expert."""
+    p, E, K, D = 0.4, 4, 2, 6
+    config = {"lora_dropout": p, "dropout_masks": masks, "projections": PROJECTIONS[:2]}
+    ffn = make_ffn(D, 10, num_experts=E, top_k=K, **config).double()
+    x_BSD = normal(2, 9, D)
+    seen = []
+
+    def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
+        if not p:
+            return x
+        seen.append(drawn(x, p, len(seen)))
+        return x * seen[-1]
+
+    monkeypatch.setattr(F, "dropout", dropout)
+    of = context(x_BSD)
+    y_BSD = ffn(x_BSD, of)
+    mixture, (routing,) = ffn.mixtures["m"], of.routing.values()
+    plan = ops.moe_sort(routing.expert_TK, E)
+    wanted_TD = torch.zeros(18, D, dtype=torch.float64)
+    for t, x_D in enumerate(x_BSD.flatten(0, 1)):
+        for k, e in enumerate(routing.expert_TK[t].tolist()):
+            row = t if masks == "shared" else plan.slot_row_TK[t, k]
+            h_F = 1.0
+            for i, (name, act) in enumerate([("gate_proj", F.silu), ("up_proj", lambda x: x)]):
+                mask_D = seen[0 if masks == "shared" else i][row]
+                pair = getattr(mixture, name)
+                delta_F = mixture.scaling * pair.lora_B[e] @ (pair.lora_A[e] @ (x_D * mask_D))
+                h_F = h_F * act(getattr(ffn, name).weight @ x_D + delta_F)
+            wanted_TD[t] += routing.weight_TK[t, k] * (ffn.down_proj.weight @ h_F)
+    assert [len(mask) for mask in seen] == ([18] if masks == "shared" else [18 * K] * 2)
+    assert_close(y_BSD.flatten(0, 1), wanted_TD, rel=1e-9)
+    ffn.eval()
+    assert_close(ffn(x_BSD, context(x_BSD)).flatten(0, 1), expert_loop(ffn, x_BSD.flatten(0, 1))[0])
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=["mixlora", "mixdora"])
+def test_a_feed_forward_computed_again_in_backward(config: dict) -> None:
+    """The same bits; gate and up are not kept. W2 runs again only where a scale follows it."""
+    D, F = 8, 64
+    ffn = make_ffn(D, F, lora_dropout=0.3, top_k=2, **config)
+    x_BSD = normal(2, 16, D, dtype=torch.float32)
+
+    def run(recompute: bool) -> tuple[list[Tensor], int, int]:
+        kept = []
+        hook = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x)
+        torch.manual_seed(0)
+        leaves = x_BSD.requires_grad_(), *trained(ffn).values()
+        of = context(x_BSD)
+        of.recompute_ffn = recompute
+        with hook:
+            y_BSD = ffn(x_BSD, of)
+        with FlopCounterMode(display=False) as counter:
+            gradients = torch.autograd.grad(y_BSD, leaves, torch.ones_like(y_BSD))
+        size = max((x.numel() for x in kept if x.dim() < 3 and x.shape[-1:] == (F,)), default=0)
+        return [y_BSD, *gradients], size, counter.get_total_flops()
+
+    (saved, size, flops), (again, size_again, flops_again) = run(False), run(True)
+    for a, b in zip(saved, again, strict=True):
+        assert torch.equal(a, b)
+    assert size >= 32 * F
+    assert size_again == 0
+    product = 2 * 32 * D * F
+    assert (flops_again - flops < 3 * product) == (not config)  # W1, W3 and the low ranks
 
 
 @torch.no_grad()
