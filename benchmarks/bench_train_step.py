@@ -1,113 +1,95 @@
 """A whole training step (forward, loss, backward, clipping, AdamW), several systems in one run.
 
     python -m benchmarks.bench_train_step [--dtype float32] [--layers 4] [--rows 4] [--tokens 256]
-           [--seconds 60] [--output FILE.json]
+           [--systems base,LoRA,...] [--moe-peft PYTHON] [--rounds 15] [--output FILE.json]
 
-D 1024, F 2816, 16 heads, vocabulary 4096. The systems take turns step by step, so that a machine
-that slows down slows all; a ratio is the median of the ratios of neighbouring steps. The floor is
-the frozen model with gradients of its embeddings. "Saved" are the bytes that autograd keeps for
-backward, each storage once, without parameters.
+D 1024, F 2816, 16 heads, vocabulary 4096. Every system is a process; they take turns step by step,
+so that a machine that slows down slows all, and a ratio is the median of the ratios of steps of the
+same round. The floor, base, is the frozen model with gradients of its embeddings. "Saved" are the
+bytes that autograd keeps for backward, each storage once, without parameters; "peak" is the most
+memory of a step beyond what model and optimizer hold.
 """
 
 import json
+import os
+import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
-from torch import nn
 
-import mixlora
-import models
 from benchmarks.harness import machine, print_header
-from mixlora.adapters import trained_parameters
-from mixlora.errors import ArgumentParser, command
-from mixlora.optim import OptimConfig, make_optimizer
+from mixlora.errors import ArgumentParser, InputError, command, did_you_mean
 
 SIZES = {
-    "model_type": "llama",
     "vocab_size": 4096,
     "hidden_size": 1024,
     "intermediate_size": 2816,
     "num_attention_heads": 16,
     "max_position_embeddings": 2048,
 }
+PLAIN = {"r": 80, "lora_alpha": 160}
+DORA = {**PLAIN, "use_dora": True}
 MIXTURE = {"routing_strategy": "mixlora", "r": 16, "lora_alpha": 32, "num_experts": 8, "top_k": 2}
-SYSTEMS = {
-    "base": None,
-    "LoRA": {"r": 80, "lora_alpha": 160},
-    "DoRA": {"r": 80, "lora_alpha": 160, "use_dora": True},
-    "MixLoRA": MIXTURE,
-    "MixDoRA": {**MIXTURE, "use_dora": True},
-    "peft LoRA": {"r": 80, "lora_alpha": 160},
+DROPOUT = {**MIXTURE, "lora_dropout": 0.05}  # MoE-PEFT refuses 0
+SYSTEMS: dict[str, tuple[str, dict[str, Any] | None]] = {  # name: (made with, adapter)
+    "base": ("mixlora", None),
+    "LoRA": ("mixlora", PLAIN),
+    "MixLoRA": ("mixlora", MIXTURE),
+    "MixLoRA paper": ("paper", MIXTURE),
+    "MixLoRA vanilla": ("vanilla", MIXTURE),
+    "DoRA": ("mixlora", DORA),
+    "MixDoRA": ("mixlora", {**MIXTURE, "use_dora": True}),
+    "MixLoRA dropout": ("mixlora", DROPOUT),
+    "peft LoRA": ("peft", PLAIN),
+    "peft DoRA": ("peft", DORA),
+    "MoE-PEFT MixLoRA": ("moe_peft", DROPOUT),
+    "MoE-PEFT whole": ("moe_peft", DROPOUT),  # its other mode
 }
+REFERENCES = ("base", "LoRA", "DoRA", "peft LoRA", "MoE-PEFT MixLoRA")
 
 
 class System:
-    def __init__(self, name: str, num_layers: int, dtype: torch.dtype) -> None:
+    def __init__(self, name: str, python: str, settings: dict[str, Any]) -> None:
         self.name = name
+        made_with, adapter = SYSTEMS[name]
+        worker = "moe_peft_worker" if made_with == "moe_peft" else "train_step_worker"
+        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        if name == "MoE-PEFT whole":
+            environment["MOE_PEFT_EVALUATE_MODE"] = "1"
+        self.process = subprocess.Popen(
+            [python, "-m", f"benchmarks.{worker}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+        self._send(json.dumps({**settings, "with": made_with, "adapter": adapter}))
+        self.saved_bytes = self.ask("saved")["saved_bytes"]
+        self.ask("step")  # the optimizer's state is made
+        self.ask("peak")
+        self.ask("step")
+        self.peak_bytes = self.ask("peak")["peak_bytes"]
         self.times: list[float] = []
-        make = peft_model if name.startswith("peft") else our_model
-        self.parameters, self.loss = make(SYSTEMS[name], num_layers, dtype)
-        self.optimizer = make_optimizer(self.parameters, OptimConfig(), 1.0)
 
-    def step(self, tokens_BS: torch.Tensor) -> None:
-        self.loss(tokens_BS).backward()
-        nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+    def ask(self, what: str) -> dict[str, Any]:
+        self._send(what)
+        line = self.process.stdout.readline()
+        if not line:
+            raise InputError(f"{self.name}: its process has ended, its message is above")
+        return json.loads(line)
 
-    def saved_bytes(self, tokens_BS: torch.Tensor) -> int:
-        kept: dict[int, int] = {}
-        known = {p.untyped_storage().data_ptr() for p in self.all_parameters}
+    def step(self) -> None:
+        start = time.perf_counter()
+        self.ask("step")
+        self.times.append(time.perf_counter() - start)
 
-        def pack(x: torch.Tensor) -> torch.Tensor:
-            if x.untyped_storage().data_ptr() not in known:
-                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            loss = self.loss(tokens_BS)
-        del loss
-        return sum(kept.values())
-
-    @property
-    def all_parameters(self) -> list[torch.Tensor]:
-        return list(self.loss.__self__.model.parameters())
-
-
-class Loss:
-    """The mean cross-entropy of a model's next tokens, router losses added."""
-
-    def __init__(self, model: nn.Module, is_ours: bool) -> None:
-        self.model, self.is_ours = model, is_ours
-
-    def of(self, tokens_BS: torch.Tensor) -> torch.Tensor:
-        if self.is_ours:
-            loss, num_labels = self.model(tokens_BS, labels_BS=tokens_BS)
-            return loss / num_labels + self.model.router_loss()
-        return self.model(tokens_BS, labels=tokens_BS).loss
-
-
-def our_model(config: dict | None, num_layers: int, dtype: torch.dtype) -> tuple:
-    model = models.new({**SIZES, "num_hidden_layers": num_layers}).to(dtype).train()
-    if config is None:
-        weight = model.model["embed_tokens"].weight.requires_grad_()
-        return {"embed_tokens": weight}, Loss(model, True).of
-    mixlora.add_adapter(model, mixlora.AdapterConfig(**config))
-    return trained_parameters(model), Loss(model, True).of
-
-
-def peft_model(config: dict, num_layers: int, dtype: torch.dtype) -> tuple:
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    values = {key: value for key, value in SIZES.items() if key != "model_type"}
-    hf_model = LlamaForCausalLM(LlamaConfig(**values, num_hidden_layers=num_layers)).to(dtype)
-    model = get_peft_model(hf_model, LoraConfig(**config, target_modules="all-linear")).train()
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return parameters, Loss(model, False).of
+    def _send(self, line: str) -> None:
+        print(line, file=self.process.stdin, flush=True)
 
 
 @command
@@ -117,24 +99,31 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--systems", help="names, by commas; default: all that are installed")
+    parser.add_argument("--moe-peft", help="python of the environment of benchmarks/moe_peft.sh")
     parser.add_argument("--output", help="write the table here, as JSON")
     options = parser.parse_args(argv)
-    torch.manual_seed(0)
-    systems = available(options.layers, getattr(torch, options.dtype))
-    tokens_BS = torch.randint(SIZES["vocab_size"], (options.rows, options.tokens))
-    saved = {system.name: system.saved_bytes(tokens_BS) for system in systems}
-    for system in systems:
-        system.step(tokens_BS)  # warm-up
-    end = time.perf_counter() + options.seconds
-    while len(systems[0].times) < 5 or time.perf_counter() < end:
-        for system in systems:
-            start = time.perf_counter()
-            system.step(tokens_BS)
-            system.times.append(time.perf_counter() - start)
-    rows = [row_of(system, systems, saved) for system in systems]
+    tokens_BS = torch.randint(SIZES["vocab_size"], (options.rows, options.tokens)).tolist()
+    settings = {
+        "sizes": {**SIZES, "num_hidden_layers": options.layers},
+        "dtype": options.dtype,
+        "tokens_BS": tokens_BS,
+    }
     print_header()
     print(f"{options.dtype}, {options.layers} layers, {options.rows} x {options.tokens} tokens")
+    pythons = {"moe_peft": options.moe_peft, "peft": sys.executable if find_spec("peft") else None}
+    systems = []
+    for name in chosen(options.systems):
+        python = pythons.get(SYSTEMS[name][0], sys.executable)
+        if python is None:
+            print(f"{name}: left out, it is not installed")
+        else:
+            systems.append(System(name, python, settings))
+    for _ in range(options.rounds):
+        for system in systems:
+            system.step()
+    rows = [row_of(system, systems) for system in systems]
     print_table(rows)
     if options.output:
         settings = {**vars(options), "machine": machine()}
@@ -142,17 +131,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def available(num_layers: int, dtype: torch.dtype) -> list[System]:
-    systems = []
-    for name in SYSTEMS:
-        try:
-            systems.append(System(name, num_layers, dtype))
-        except ImportError as error:
-            print(f"{name}: left out, {error.name} is not installed")
-    return systems
+def chosen(names: str | None) -> list[str]:
+    names = list(SYSTEMS) if names is None else names.split(",")
+    for name in names:
+        if name not in SYSTEMS:
+            raise InputError(f"there is no system {name!r}{did_you_mean(name, SYSTEMS)}")
+    return names
 
 
-def row_of(system: System, systems: list[System], saved: dict[str, int]) -> dict:
+def row_of(system: System, systems: list[System]) -> dict[str, Any]:
     def ratio(name: str) -> float | None:
         other = next((s for s in systems if s.name == name), None)
         pairs = zip(system.times, other.times, strict=True) if other else []
@@ -161,19 +148,18 @@ def row_of(system: System, systems: list[System], saved: dict[str, int]) -> dict
 
     return {
         "system": system.name,
-        "trained": sum(p.numel() for p in system.parameters.values()),
-        "milliseconds": 1e3 * median(system.times),
-        "of base": ratio("base"),
-        "of LoRA": ratio("LoRA"),
-        "of peft LoRA": ratio("peft LoRA"),
-        "saved MB": saved[system.name] / 1e6,
-        "steps": len(system.times),
+        "ms": 1e3 * median(system.times),
+        **{f"/ {name}": ratio(name) for name in REFERENCES},
+        "saved MB": system.saved_bytes / 1e6,
+        "peak MB": system.peak_bytes / 1e6,
     }
 
 
-def print_table(rows: list[dict]) -> None:
-    def cell(value: float | int | str | None) -> str:
-        return f"{value:.2f}" if isinstance(value, float) else "" if value is None else str(value)
+def print_table(rows: list[dict[str, Any]]) -> None:
+    def cell(value: float | str | None) -> str:
+        if isinstance(value, float):
+            return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
+        return "" if value is None else value
 
     lines = [list(rows[0]), *([cell(x) for x in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
