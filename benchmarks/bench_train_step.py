@@ -101,7 +101,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--systems", help="names, by commas; default: all that are installed")
-    parser.add_argument("--moe-peft", help="python of the environment of benchmarks/moe_peft.sh")
+    parser.add_argument("--moe-peft", help="python of the environment of tools/foreign.sh")
     parser.add_argument("--output", help="write the table here, as JSON")
     options = parser.parse_args(argv)
     tokens_BS = torch.randint(SIZES["vocab_size"], (options.rows, options.tokens)).tolist()

@@ -1,4 +1,4 @@
-"""MoE-PEFT as a system of bench_train_step, in the environment that benchmarks/moe_peft.sh makes,
+"""MoE-PEFT as a system of bench_train_step, in the environment that tools/foreign.sh makes,
 since it needs an older transformers.
 
 With MOE_PEFT_EVALUATE_MODE set it runs whole experts, else it shares the products of W1 and W3.

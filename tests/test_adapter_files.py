@@ -5,8 +5,6 @@ import json
 import os
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -207,75 +205,6 @@ def test_dora_norms_follow_the_parameters() -> None:
 
 
 # -- MoE-PEFT and pip mixlora ----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def pip_mixlora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """pip's `mixlora`, which has our import name, in a folder of its own."""
-    folder = tmp_path_factory.mktemp("pip_mixlora")
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--timeout", "10"]
-    command += ["--retries", "1", "--target", str(folder), "mixlora==0.2.3"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"pip mixlora cannot be installed: {done.stderr.splitlines()[-1]}")
-    return folder
-
-
-THEIR_PROGRAM = """
-import sys, torch
-from mixlora import MixLoraModelForCausalLM
-import mixlora
-assert mixlora.__file__.startswith(sys.argv[1]), mixlora.__file__
-from mixlora.lora_linear import LoraLinear
-torch.manual_seed(0)
-model, config = MixLoraModelForCausalLM.from_pretrained(sys.argv[2], torch_dtype=torch.float32)
-torch.nn.functional.dropout = lambda x, *args, **kwargs: x
-torch.nn.Dropout.forward = lambda self, x: x
-with torch.no_grad():
-    torch.save(model(torch.load(sys.argv[3])).logits, sys.argv[4])
-"""
-
-
-def their_logits(pip_mixlora: Path, adapter: Path, folder: Path) -> Tensor:
-    """Of a process in which `import mixlora` is pip's."""
-    torch.save(TOKENS_BS, folder / "tokens.pt")
-    (folder / "theirs.py").write_text(THEIR_PROGRAM)
-    arguments = [
-        str(pip_mixlora),
-        str(adapter),
-        str(folder / "tokens.pt"),
-        str(folder / "logits.pt"),
-    ]
-    done = subprocess.run(
-        [sys.executable, str(folder / "theirs.py"), *arguments],
-        env={**os.environ, "PYTHONPATH": str(pip_mixlora), "HF_HUB_OFFLINE": "1"},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return torch.load(folder / "logits.pt")
-
-
-PIP = {
-    "top 2 of 4": {},
-    "attention and down": {"target_modules": ["q_proj", "o_proj", "down_proj"]},
-    "top 3 of 5, relu": {"num_experts": 5, "top_k": 3, "act_fn": "relu"},
-    "gate and up": {"target_modules": ["gate_proj", "up_proj"], "lora_dropout": 0.1},
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", PIP.values(), ids=PIP)
-def test_pip_mixlora_reads_what_is_saved_here(kind: dict, pip_mixlora: Path, tmp_path) -> None:
-    base, _ = tiny_llama(tmp_path / "base")
-    model = models.load(base)
-    add_filled(model, **{**MIXLORA, **kind})
-    mixlora.save_adapter(model, tmp_path / "adapter")
-    found = their_logits(pip_mixlora, tmp_path / "adapter", tmp_path)
-    assert (found - logits_of(model)).abs().max() <= 1e-5
-    with mixlora.disable_adapters(model):
-        assert (found - logits_of(model)).abs().max() > 0.1
 
 
 def moe_peft_files(folder: Path, model: nn.Module, legacy: bool = False, **changes) -> None:
