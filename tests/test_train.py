@@ -194,10 +194,14 @@ def test_bfloat16_trains(settings: dict, tmp_path: Path) -> None:
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("adapter", [MIXLORA, LORA], ids=["mixlora", "lora"])
-def test_how_a_batch_is_cut_does_not_change_the_gradient(checkpoint: Path, adapter: dict) -> None:
-    """Batch 8 at once against 8 batches of 1, ragged, without dropout or router loss. In float64
-    but for the loss: float32 products alone differ by as much as 1.5e-6 with their sizes."""
+def test_how_a_batch_is_cut_does_not_change_the_gradient(
+    checkpoint: Path, adapter: dict, dtype: torch.dtype
+) -> None:
+    """Batch 8 at once against 8 batches of 1, ragged, without dropout or router loss. Weights of
+    the usual size, or in float64 the checkpoint's, ten times as large: in float32 their products
+    alone differ by as much as 1.5e-6 with their sizes."""
     no_loss = {"router_loss": False} if "routing_strategy" in adapter else {}
     config = mixlora.AdapterConfig(**{**adapter, "lora_dropout": 0.0, **no_loss})
     generator = torch.Generator().manual_seed(0)
@@ -217,7 +221,10 @@ def test_how_a_batch_is_cut_does_not_change_the_gradient(checkpoint: Path, adapt
             for key, parameter in parameters.items():
                 if key.endswith("lora_B"):
                     parameter.normal_(std=0.02)
-        model.double().train()
+            if dtype == torch.float32:
+                for parameter in {*model.parameters()} - {*parameters.values()}:
+                    parameter.mul_(0.1 if parameter.dim() > 1 else 1)
+        model.to(dtype).train()
         for start in range(0, 8, size):
             batch = collate(samples[start : start + size])
             loss, _ = model(batch.tokens_BS, mask_BS=batch.mask_BS, labels_BS=batch.labels_BS)
@@ -226,9 +233,8 @@ def test_how_a_batch_is_cut_does_not_change_the_gradient(checkpoint: Path, adapt
 
     at_once, one_by_one = gradients(8), gradients(1)
     for key in at_once:
-        largest = at_once[key].abs().max()
-        assert (at_once[key] - one_by_one[key]).abs().max() <= 1e-6 * max(1.0, largest), key
-        assert largest > 0, key
+        assert at_once[key].abs().max() > 1e-5, key
+        assert (at_once[key] - one_by_one[key]).abs().max() <= 1e-6, key
 
 
 def test_print_config_shows_every_key_and_does_nothing(
