@@ -21,7 +21,14 @@ from mixlora.layers.router import ROUTERS
 D, F, R, E, K = 1024, 2816, 16, 8, 2
 
 
-def make(kind: type[FeedForward], dtype: torch.dtype) -> FeedForward:
+def make_ffn(
+    kind: type[FeedForward] = FeedForward,
+    dtype: torch.dtype = torch.float32,
+    E: int = E,
+    K: int = K,
+    R: int = R,
+) -> FeedForward:
+    """With one mixture, "m", of filled experts."""
     torch.manual_seed(0)
     ffn = kind(D, F, "silu").requires_grad_(False)
     for name in PROJECTIONS:
@@ -52,9 +59,9 @@ def main(argv: list[str]) -> int:
     print_header()
     x_BSD = torch.randn(1, options.tokens, D, dtype=dtype).requires_grad_()
     dy_BSD = torch.randn(1, options.tokens, D, dtype=dtype)
-    ours = make(FeedForward, dtype)
+    ours = make_ffn(dtype=dtype)
     for name, kind in MODES.items():
-        other = make(kind, dtype)
+        other = make_ffn(kind, dtype)
         error = (step(ours, x_BSD, dy_BSD) - step(other, x_BSD, dy_BSD)).abs().max().item()
         compare(
             f"FFN T={options.tokens} {options.dtype}",
