@@ -17,7 +17,9 @@ def copy_tree(to: Path) -> None:
     little."""
     for name in COPIED:
         found = ROOT / name
-        files = [found] if found.is_file() else [path for path in found.rglob("*") if path.is_file()]
+        files = (
+            [found] if found.is_file() else [path for path in found.rglob("*") if path.is_file()]
+        )
         for path in files:
             copy = to / path.relative_to(ROOT)
             if path.suffix in (".so", ".pyc"):
