@@ -41,7 +41,7 @@ OUT_OF_BOUNDS = (
 OVERFLOW = (
     "csrc/moe_gather/moe_gather_cpu.cpp",
     "const int64_t slot = p.row_slot_N[n];",
-    "const int64_t slot = p.row_slot_N[n] + (INT32_MAX - p.row_slot_N[n]) * 0;",
+    "const int64_t slot = p.row_slot_N[n] + (INT32_MAX + int32_t(end - n) == 1);",
     "runtime error: signed integer overflow",
 )
 RACE = (

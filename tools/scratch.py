@@ -12,21 +12,25 @@ ISA_FLAGS = {"default": "", "avx2": "-mavx2 -mfma -mf16c"}  # setup.py's
 COPIED = "csrc mixlora models tests setup.py pyproject.toml README.md".split()
 
 
+def files(folder: Path) -> set[Path]:
+    """Relative paths of what is copied; what was built is not."""
+    found = [path for name in COPIED for path in (folder / name, *(folder / name).rglob("*"))]
+    return {
+        path.relative_to(folder)
+        for path in found
+        if path.is_file() and path.suffix not in (".so", ".pyc")
+    }
+
+
 def copy_tree(to: Path) -> None:
-    """Files that are there already are replaced only where they differ, so that ninja rebuilds
-    little."""
-    for name in COPIED:
-        found = ROOT / name
-        files = (
-            [found] if found.is_file() else [path for path in found.rglob("*") if path.is_file()]
-        )
-        for path in files:
-            copy = to / path.relative_to(ROOT)
-            if path.suffix in (".so", ".pyc"):
-                continue
-            if not copy.exists() or copy.read_bytes() != path.read_bytes():
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copy)
+    """What is the same already stays, so that ninja rebuilds little."""
+    for path in files(to) - files(ROOT):
+        (to / path).unlink()
+    for path in files(ROOT):
+        copy = to / path
+        if not copy.exists() or copy.read_bytes() != (ROOT / path).read_bytes():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / path, copy)
 
 
 def best_isa() -> str:
