@@ -23,6 +23,7 @@ from scratch import ROOT, Planted, build, copy_tree, find
 TABLE = ROOT / "tools/faults.txt"
 MAY_SURVIVE = 2
 PROCESSES = 2
+BATCH = 6
 
 
 class Fault(NamedTuple):
@@ -83,8 +84,14 @@ def try_fault(tree: Path, fault: Fault) -> tuple[str, str]:
     return ("SURVIVED", "") if passes else ("caught", test)
 
 
+def batches(faults: list[Fault]) -> list[list[Fault]]:
+    """Of one file each, so that ninja rebuilds little, and short enough to keep all trees busy."""
+    files = [list(group) for _, group in groupby(faults, key=lambda fault: fault.file)]
+    return [file[i : i + BATCH] for file in files for i in range(0, len(file), BATCH)]
+
+
 def try_faults(trees: Queue, faults: list[Fault]) -> list[tuple[str, str]]:
-    """Of one file, one after the other in one tree: ninja then rebuilds little."""
+    """One after the other, in one tree."""
     tree, results = trees.get(), []
     try:
         for fault in faults:
@@ -118,12 +125,11 @@ def main(words: str, only_check: bool) -> int:
         for i in range(1, PROCESSES):
             trees.put(shutil.copytree(first, Path(folder, str(i))))
         with ThreadPoolExecutor(PROCESSES) as pool:
-            groups = [list(group) for _, group in groupby(faults, key=lambda x: x.file)]
-            results = sum(pool.map(lambda group: try_faults(trees, group), groups), [])
+            results = sum(pool.map(lambda batch: try_faults(trees, batch), batches(faults)), [])
 
     print()
     for fault, (result, test) in zip(faults, results, strict=True):
-        print(f"{result:18}{fault.file.removeprefix('csrc/'):36}{fault.name:52}{test}")
+        print(f"{result:18}{fault.file.removeprefix('csrc/'):38}{fault.name:54}{test}")
     caught = sum(result == "caught" for result, _ in results)
     print(f"\n{caught} of {len(faults)} faults caught, at most {MAY_SURVIVE} may survive")
     return 0 if caught >= len(faults) - MAY_SURVIVE else 1

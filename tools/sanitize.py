@@ -52,9 +52,9 @@ RACE = (
 )
 
 
-def run(command: list[str], **environment: str) -> tuple[int, str]:
+def run(command: list[str], show: bool = False, **environment: str) -> tuple[int, str]:
     """Its exit status and all that it said."""
-    done = subprocess.run(
+    process = subprocess.Popen(
         command,
         cwd=TREE,
         env={**os.environ, **environment},
@@ -62,14 +62,18 @@ def run(command: list[str], **environment: str) -> tuple[int, str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    return done.returncode, done.stdout
+    said = ""
+    for line in process.stdout:
+        said += line
+        print(line if show else "", end="", flush=True)
+    return process.wait(), said
 
 
 def library(name: str) -> str:
     return subprocess.check_output([CXX, f"-print-file-name={name}"], text=True).strip()
 
 
-def run_tests(tests: list[str]) -> tuple[int, str]:
+def run_tests(tests: list[str], show: bool = False) -> tuple[int, str]:
     """The interpreter has the runtime of the sanitizers, and need not give all memory back."""
     environment = {
         "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so')}",
@@ -80,10 +84,10 @@ def run_tests(tests: list[str]) -> tuple[int, str]:
     if done.returncode:
         sys.exit(f"{done.stdout[-2000:]}{done.stderr[-2000:]}")
     pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider"]
-    return run([*pytest, *tests], **environment)
+    return run([*pytest, *tests], show, **environment)
 
 
-def run_threads() -> tuple[int, str]:
+def run_threads(show: bool = False) -> tuple[int, str]:
     isa = best_isa()
     flags = f"{ISA_FLAGS[isa]} -DMIXLORA_ISA=cpu_{isa} '-DMIXLORA_ONLY_ISA=\"{isa}\"'"
     sources = [*TREE.glob("csrc/*/*_cpu.cpp"), TREE / "tests/threads.cpp"]
@@ -96,7 +100,7 @@ def run_threads() -> tuple[int, str]:
     status, said = run([sys.executable, "-m", "ninja", "-f", "build/threads.ninja"])
     if status:
         sys.exit(said[-4000:])
-    return run(["build/threads/all"], TSAN_OPTIONS="halt_on_error=1")
+    return run(["build/threads/all"], show, TSAN_OPTIONS="halt_on_error=1")
 
 
 def must_report(fault: tuple[str, str, str, str], run_with_it) -> None:
@@ -110,7 +114,6 @@ def must_report(fault: tuple[str, str, str, str], run_with_it) -> None:
 
 def must_be_silent(what: str, result: tuple[int, str]) -> None:
     status, said = result
-    print(said[-6000:] if status else said.strip()[-1500:])
     if status or "Sanitizer" in said or "runtime error" in said:
         sys.exit(f"{what}: not clean")
     print(f"{what}: no report", flush=True)
@@ -120,11 +123,12 @@ def main(kinds: list[str]) -> None:
     copy_tree(TREE)
     if "threads" in kinds:
         must_report(RACE, run_threads)
-        must_be_silent("ThreadSanitizer", run_threads())
+        must_be_silent("ThreadSanitizer", run_threads(show=True))
     if "memory" in kinds:
         for fault in (OUT_OF_BOUNDS, OVERFLOW):
             must_report(fault, lambda: run_tests(["tests/ops/test_moe_gather.py"]))
-        must_be_silent("AddressSanitizer, UndefinedBehaviorSanitizer", run_tests(TESTS))
+        result = run_tests(TESTS, show=True)
+        must_be_silent("AddressSanitizer, UndefinedBehaviorSanitizer", result)
 
 
 if __name__ == "__main__":
