@@ -21,7 +21,8 @@ MEMORY_FLAGS = (
     "-g1 -fsanitize=address,undefined -fno-sanitize=null,object-size,alignment "
     "-fno-sanitize-recover=all"
 )
-TESTS = ["tests/ops", "tests/layers"]
+# What torch does with an operator's schema takes long here and runs no kernel in a new way.
+TESTS = ["tests/ops", "tests/layers", "-k", "not opcheck and not compile"]
 NINJA = """builddir = build
 rule compile
   command = {cxx} -std=c++20 -O1 -g -fsanitize=thread -MMD -MF $out.d -Icsrc {flags} -c $in -o $out
