@@ -67,7 +67,7 @@ def run_tests(tree: Path, op: str) -> tuple[bool, str]:
         return False, "(no end)"
     if done.returncode == 0:
         return True, ""
-    failed = re.search(r"^FAILED .*?::(\S+)", done.stdout, re.MULTILINE)
+    failed = re.search(r"^FAILED .*?::(.+?)(?: - |$)", done.stdout, re.MULTILINE)
     if done.returncode < 0:  # a signal
         return False, "(crash)"
     if not failed:
