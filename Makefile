@@ -6,10 +6,10 @@ ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),.venv)
 PY := "$(ENV)/bin/python"
 CHECK := -c 'import sys; sys.version_info < (3, 10) and sys.exit("mixlora needs Python >= 3.10, \
   this is %d.%d (make PYTHON=... names another)" % sys.version_info[:2])'
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help env kernels demo test lint format bench clean
+.PHONY: help env kernels demo test sanitize faults lint format bench clean
 
 help: ## list the targets
 	@awk -F ': .*## ' '/^[a-z]+: .*## / {printf "%-10s%s\n", $$1, $$2}' Makefile
@@ -29,6 +29,14 @@ demo: kernels ## MixLoRA and LoRA on four small tasks, from a tiny pretrained mo
 test: kernels ## run the tests; PYTEST_ADDOPTS adds options
 	@$(PY) tools/ensure.py test
 	$(PY) -m pytest
+
+sanitize: env ## run the kernels under the sanitizers of memory, undefined behaviour and threads
+	@$(PY) tools/ensure.py build run test
+	$(PY) -u tools/sanitize.py
+
+faults: env ## plant faults in the kernels, one at a time, and see that the tests notice
+	@$(PY) tools/ensure.py build run test
+	$(PY) -u tools/plant_faults.py
 
 lint: env ## check style, change nothing
 	@$(PY) tools/ensure.py lint

@@ -3,6 +3,9 @@
 csrc/**/*.cpp       bindings and op entries: once, on torch's stable ABI (torch >= 2.11)
 csrc/*/*_cpu.cpp    CPU kernels: once per instruction set (csrc/common/isa.h)
 csrc/*/*_cuda.cu    CUDA kernels: by nvcc, where torch is a CUDA build and nvcc is found
+
+MIXLORA_ONLY_ISA    of the instruction sets this one alone, which builds sooner
+MIXLORA_CXXFLAGS    options of the compiler and the linker, after all others (tools/sanitize.py)
 """
 
 import os
@@ -33,6 +36,11 @@ ISA_FLAGS = {"default": ""}
 if os.uname().machine == "x86_64":
     ISA_FLAGS["avx2"] = "-mavx2 -mfma -mf16c"
     ISA_FLAGS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
+if only := os.environ.get("MIXLORA_ONLY_ISA"):
+    if only not in ISA_FLAGS:
+        sys.exit(f"setup.py: MIXLORA_ONLY_ISA must be one of {', '.join(ISA_FLAGS)}, got {only}")
+    ISA_FLAGS = {only: ISA_FLAGS[only]}
+MORE_FLAGS = os.environ.get("MIXLORA_CXXFLAGS", "")
 
 
 def version(tool: str, word: str = "") -> str:
@@ -50,7 +58,10 @@ def ninja_file(cxx: str, nvcc: str | None, output: str) -> str:
     includes = [f"{TORCH}/include", pybind11.get_include(), sysconfig.get_path("include")]
     flags = "-O3 -MMD -Icsrc " + " ".join(f"-isystem {quote(path)}" for path in includes)
     flags += "".join(" " + quote(f'-DMIXLORA_{name}="{text}"') for name, text in macros.items())
-    cpp = f"{cxx} -std=c++20 -Wall -fPIC -fvisibility=hidden {flags}"
+    if len(ISA_FLAGS) == 1:  # csrc/common/isa.h
+        (only,) = ISA_FLAGS
+        flags += " " + quote(f'-DMIXLORA_ONLY_ISA="{only}"') + f" -DMIXLORA_ISA=cpu_{only}"
+    cpp = f"{cxx} -std=c++20 -Wall -fPIC -fvisibility=hidden {flags} {MORE_FLAGS}"
     codes = " ".join(f"-gencode arch=compute_{a},code=[compute_{a},sm_{a}]" for a in CUDA_ARCHS)
 
     # (command, source, object) in link order. The default instruction set goes before the others:
@@ -73,7 +84,7 @@ rule compile
   depfile = $out.d
   deps = gcc
 rule link
-  command = {cxx} -shared $in -o $out {libraries}
+  command = {cxx} -shared $in -o $out {libraries} {MORE_FLAGS}
   description = $out
 """
     text += "".join(f"build {o}: compile {s}\n run = {command}\n" for command, s, o in jobs)

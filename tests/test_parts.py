@@ -43,7 +43,13 @@ def test_every_kernel_has_its_parts(op: str) -> None:
         f"benchmarks/bench_{op}.py": f"ops.{op}",
     }
     assert not missing(parts), "\n".join(missing(parts))
+    assert f"\n[{op}/{op}_cpu.cpp]\n" in (ROOT / "tools/faults.txt").read_text()
     assert op in PUBLIC, f"mixlora/ops/__init__.py does not export {op}"
+
+
+@pytest.mark.parametrize("kernel", SCHEMAS)
+def test_every_kernel_runs_under_the_sanitizer_of_threads(kernel: str) -> None:
+    assert not missing({"tests/threads.cpp": f"CPU_KERNEL({kernel}_cpu)"})
 
 
 @pytest.mark.parametrize("op", PUBLIC)

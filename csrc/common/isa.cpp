@@ -8,7 +8,7 @@ namespace mixlora {
 namespace {
 
 int best_isa() {
-#if defined(__x86_64__)
+#if !defined(MIXLORA_ONLY_ISA)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

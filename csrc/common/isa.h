@@ -6,6 +6,9 @@
 //   <op>.h        DECLARE_CPU_KERNEL(void, foo_cpu, const FooParams& p)
 //   <op>_cpu.cpp  namespace mixlora::MIXLORA_ISA { void foo_cpu(const FooParams& p) { ... } }
 //   <op>.cpp      CPU_KERNEL(foo_cpu)(params);
+//
+// Where there is one instruction set only, MIXLORA_ONLY_ISA is its name, and all files have
+// MIXLORA_ISA.
 #pragma once
 
 namespace mixlora {
@@ -16,7 +19,7 @@ int chosen_isa();
 
 }  // namespace mixlora
 
-#if defined(__x86_64__)
+#if !defined(MIXLORA_ONLY_ISA)
 
 namespace mixlora {
 inline constexpr const char* kIsaNames[] = {"default", "avx2", "avx512"};
@@ -43,14 +46,14 @@ inline constexpr const char* kIsaNames[] = {"default", "avx2", "avx512"};
 #else
 
 namespace mixlora {
-inline constexpr const char* kIsaNames[] = {"default"};
+inline constexpr const char* kIsaNames[] = {MIXLORA_ONLY_ISA};
 }
 
 #define DECLARE_CPU_KERNEL(result, name, ...) \
-  namespace cpu_default {                     \
+  namespace MIXLORA_ISA {                     \
   result name(__VA_ARGS__);                   \
   }
 
-#define CPU_KERNEL(name) (&cpu_default::name)
+#define CPU_KERNEL(name) (&MIXLORA_ISA::name)
 
 #endif

@@ -85,7 +85,7 @@ void expand_few(const Wide<T>* z_NR, RowBlock block, const T* b_OR, int64_t R, i
 
 template <class T>
 void zero_tail(T* y_NO, int64_t rows, int64_t N, int64_t O) {
-  memset(y_NO + rows * O, 0, (N - rows) * O * sizeof(T));
+  std::fill(y_NO + rows * O, y_NO + N * O, T{});
 }
 
 template <class T>

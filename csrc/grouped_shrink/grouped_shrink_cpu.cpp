@@ -23,7 +23,7 @@ void shrink_rows(const GroupedShrinkParams& p) {
     }
   });
   for (int64_t slot = 0; slot < p.T * p.K; ++slot) {
-    if (p.expert_TK[slot] < 0) memset(a_TKR + slot * p.R, 0, p.R * sizeof(T));
+    if (p.expert_TK[slot] < 0) std::fill_n(a_TKR + slot * p.R, p.R, T{});
   }
 }
 

@@ -1,4 +1,4 @@
-#include <cstring>
+#include <algorithm>
 
 #include "common/parallel.h"
 #include "moe_gather/moe_gather.h"
@@ -11,9 +11,9 @@ void moe_gather_cpu(const MoeGatherParams& p) {
       char* x_D = p.x_ND + n * p.row_bytes;
       const int64_t slot = p.row_slot_N[n];
       if (slot < 0) {
-        memset(x_D, 0, p.row_bytes);
+        std::fill_n(x_D, p.row_bytes, 0);
       } else {
-        memcpy(x_D, p.x_TD + slot / p.K * p.row_bytes, p.row_bytes);
+        std::copy_n(p.x_TD + slot / p.K * p.row_bytes, p.row_bytes, x_D);
       }
     }
   });

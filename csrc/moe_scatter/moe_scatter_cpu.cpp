@@ -1,4 +1,4 @@
-#include <cstring>
+#include <algorithm>
 #include <vector>
 
 #include "common/parallel.h"
@@ -74,7 +74,7 @@ void scatter_backward(const MoeScatterBackwardParams& p) {
   });
   parallel_chunks(p.T * p.K, rows_per_chunk(p.D), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      if (p.row_slot_N[n] < 0) memset(dy_ND + n * p.D, 0, p.D * sizeof(T));
+      if (p.row_slot_N[n] < 0) std::fill_n(dy_ND + n * p.D, p.D, T{});
     }
   });
 }

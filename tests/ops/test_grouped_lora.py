@@ -85,6 +85,7 @@ SIZES = {
     "whole blocks": ([96, 0, 48], 0, 32, 512, 192),
     "rank 128": ([50, 20], 3, 128, 40, 70),
     "rank 13": ([130, 70, 5], 2, 13, 311, 203),
+    "few rows or not so few": ([7, 8, 9, 8], 1, 5, 33, 40),
     "many groups": ([0, 1, 2, 3, 0] * 12, 7, 8, 72, 24),
 }
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -159,6 +159,14 @@ def test_terms_are_added_in_slot_order() -> None:
     assert torch.equal(y_TD, y_TD[:, :1].expand(2, 20))
 
 
+@pytest.mark.parametrize("dtype, large", [(torch.bfloat16, 256.0), (torch.float16, 2048.0)])
+def test_a_sum_is_rounded_once(dtype: torch.dtype, large: float) -> None:
+    """large + 1 is no number of the dtype, and would become large; large + 2 is one."""
+    plan = ops.moe_sort(torch.tensor([[0, 1, 2]], dtype=torch.int32), 3)
+    y_ND = torch.tensor([[large], [1.0], [1.0]], dtype=dtype).expand(3, 17)
+    assert (ops.moe_scatter(y_ND, plan) == large + 2).all()
+
+
 @weighted
 def test_non_contiguous(weighted: bool) -> None:
     y_ND, plan, weight_TK = inputs(*ROUTINGS["empty slots"], weighted)

@@ -127,6 +127,20 @@ def test_activations(act: str) -> None:
 
 
 @act
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("size", [30.0, 89.0, 200.0, 1e4])
+def test_large_activations(act: str, dtype: torch.dtype, size: float) -> None:
+    """Beyond what exp holds; one unit more than 88 in float32."""
+    plan = some_plan(24, 2, 4, "uniform")
+    tensors = inputs(plan, 4, dtype=dtype)
+    tensors[0] = size * tensors[0].sign()
+    native = with_gradients(ops.shared_glu, tensors, plan, act)
+    ref = with_gradients(ops.shared_glu_ref, tensors, plan, act)
+    for name, value in native.items():
+        assert_close(value, ref[name])
+
+
+@act
 def test_gradcheck(act: str) -> None:
     plan = some_plan(3, 2, 3, "uniform")
     leaves = [x.requires_grad_() for x in inputs(plan, 3, F=3, R=2)]
@@ -432,6 +446,9 @@ def test_every_instruction_set(isa: str) -> None:
         ({1: torch.zeros(6, 12)}, r"up_TF must have gate_TF's dtype float64, got float32"),
         ({1: torch.zeros(6, 12).double()}, r"up_TF must be \[T, F\] = \[6, 13\], got \[6, 12\]"),
         ({4: None}, "a and b of a projection must both be given, or neither"),
+        ({16: 4}, r"act must be in \[0, 4\), got 4"),
+        ({16: -1}, r"act must be in \[0, 4\), got -1"),
+        ({18: None}, "dropout needs a seed"),
         ({2: torch.zeros(6, 2, 4).double()}, r"a_gate_TKR must be \[6, 2, 3\], got \[6, 2, 4\]"),
         ({5: torch.zeros(4, 13, 3)}, "b_up_EFR must be float64 beside this gate_TF, got float32"),
         ({7: torch.full((6, 2), 4, dtype=torch.int32)}, r"expert_TK must be in \[-1, 4\), got 4"),

@@ -1,0 +1,343 @@
+// Every CPU kernel in several threads, for ThreadSanitizer (tools/sanitize.py): torch and OpenMP,
+// which it cannot look into, are not here. Prints the kernels whose bits depend on the threads.
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "common/parallel.h"
+#include "grouped_lora/grouped_lora.h"
+#include "grouped_shrink/grouped_shrink.h"
+#include "moe_gather/moe_gather.h"
+#include "moe_scatter/moe_scatter.h"
+#include "moe_sort/moe_sort.h"
+#include "shared_glu/shared_glu.h"
+#include "topk_router/topk_router.h"
+
+namespace {
+
+int num_threads = 1, largest_num_items = 0, num_wrong = 0;
+
+}  // namespace
+
+extern "C" int32_t torch_parallel_for(
+    int64_t begin, int64_t end, int64_t, void (*run)(int64_t, int64_t, void*), void* context) {
+  largest_num_items = std::max<int>(largest_num_items, end - begin);
+  // Items are dealt out, so that every thread has some however late it starts.
+  const auto work = [&](int64_t i) {
+    for (; i < end; i += num_threads) run(i, i + 1, context);
+  };
+  std::vector<std::thread> threads;
+  for (int i = 1; i < num_threads; ++i) threads.emplace_back(work, begin + i);
+  work(begin);
+  for (std::thread& thread : threads) thread.join();
+  return 0;
+}
+
+namespace mixlora {
+namespace {
+
+template <class T>
+using Numbers = std::vector<T>;
+
+// Ragged everywhere: no size is a multiple of a vector, a tile, a panel or a chunk.
+constexpr int64_t T = 4999, K = 3, E = 7, R = 5, F = 261, D = 41, N = T * K, I = 203, O = 101;
+
+template <class S>
+Numbers<S> normal(int64_t count) {
+  static std::mt19937 generator(0);
+  std::normal_distribution<double> number;
+  Numbers<S> numbers(count);
+  for (S& x : numbers) x = static_cast<S>(number(generator));
+  return numbers;
+}
+
+Numbers<int32_t> experts() {
+  std::mt19937 generator(1);
+  Numbers<int32_t> expert_TK(N);
+  for (int32_t& expert : expert_TK) expert = static_cast<int32_t>(generator() % (E + 1)) - 1;
+  return expert_TK;
+}
+
+// run(out) must give the same bits for any number of threads; `out(count)` is memory for a result.
+template <class S, class Run>
+void check(const char* name, const Run& run) {
+  Numbers<Numbers<S>> results[2];
+  largest_num_items = 0;
+  for (int many = 0; many < 2; ++many) {
+    num_threads = many ? 4 : 1;
+    results[many].reserve(16);  // the pointers must stay
+    run([&](int64_t count) { return results[many].emplace_back(count, S(7)).data(); });
+  }
+  bool equal = true;
+  for (size_t i = 0; i < results[0].size(); ++i) {
+    const auto &one = results[0][i], &four = results[1][i];
+    equal &= std::memcmp(one.data(), four.data(), one.size() * sizeof(S)) == 0;
+  }
+  const bool right = equal && largest_num_items >= 4;
+  num_wrong += !right;
+  std::printf("%-24s %4d items  %s\n", name, largest_num_items, right ? "equal" : "WRONG");
+}
+
+struct Plan {
+  Numbers<int32_t> expert_TK = experts(), expert_start_E1 = Numbers<int32_t>(E + 1),
+                   row_slot_N = Numbers<int32_t>(N), slot_row_TK = Numbers<int32_t>(N),
+                   token_order_T = Numbers<int32_t>(T);
+
+  Plan() {
+    CPU_KERNEL(moe_sort_cpu)
+    ({expert_TK.data(),
+      expert_start_E1.data(),
+      row_slot_N.data(),
+      slot_row_TK.data(),
+      token_order_T.data(),
+      T,
+      K,
+      E});
+  }
+};
+
+void check_moe_sort() {
+  // Its chunks are long.
+  constexpr int64_t kTokens = 150'001;
+  Numbers<int32_t> expert_TK;
+  while (expert_TK.size() < kTokens * K) {
+    const auto more = experts();
+    expert_TK.insert(expert_TK.end(), more.begin(), more.end());
+  }
+  check<int32_t>("moe_sort", [&](const auto& out) {
+    CPU_KERNEL(moe_sort_cpu)
+    ({expert_TK.data(),
+      out(E + 1),
+      out(kTokens * K),
+      out(kTokens * K),
+      out(kTokens),
+      kTokens,
+      K,
+      E});
+  });
+}
+
+void check_rows(const Plan& plan) {
+  const auto x_TD = normal<float>(T * D), y_ND = normal<float>(N * D), weight_TK = normal<float>(N);
+  check<float>("moe_gather", [&](const auto& out) {
+    CPU_KERNEL(moe_gather_cpu)
+    ({.x_TD = reinterpret_cast<const char*>(x_TD.data()),
+      .row_slot_N = plan.row_slot_N.data(),
+      .x_ND = reinterpret_cast<char*>(out(N * D)),
+      .N = N,
+      .K = K,
+      .row_bytes = D * 4});
+  });
+  check<float>("moe_scatter", [&](const auto& out) {
+    CPU_KERNEL(moe_scatter_cpu)
+    ({.y_ND = y_ND.data(),
+      .slot_row_TK = plan.slot_row_TK.data(),
+      .weight_TK = weight_TK.data(),
+      .y_TD = out(T * D),
+      .T = T,
+      .K = K,
+      .D = D,
+      .dtype = Dtype::kFloat32});
+  });
+  check<float>("moe_scatter_backward", [&](const auto& out) {
+    CPU_KERNEL(moe_scatter_backward_cpu)
+    ({.dy_TD = x_TD.data(),
+      .y_ND = y_ND.data(),
+      .row_slot_N = plan.row_slot_N.data(),
+      .slot_row_TK = plan.slot_row_TK.data(),
+      .weight_TK = weight_TK.data(),
+      .dy_ND = out(N * D),
+      .dweight_TK = out(N),
+      .T = T,
+      .K = K,
+      .D = D,
+      .dtype = Dtype::kFloat32});
+  });
+}
+
+void check_router() {
+  const auto logits_TE = normal<float>(T * E), dweight_TK = normal<float>(N),
+             dprob_E = normal<float>(E), dz = normal<float>(1);
+  bool mask_T[T];
+  for (int64_t t = 0; t < T; ++t) mask_T[t] = t % 3 != 1;
+  Numbers<int32_t> expert_TK(N);
+  check<float>("topk_router", [&](const auto& out) {
+    CPU_KERNEL(topk_router_cpu)
+    ({.logits_TE = logits_TE.data(),
+      .mask_T = mask_T,
+      .given_TK = nullptr,
+      .expert_TK = expert_TK.data(),
+      .weight_TK = out(N),
+      .count_E = out(E),
+      .prob_E = out(E),
+      .entropy = out(1),
+      .z = out(1),
+      .num_tokens = out(1),
+      .T = T,
+      .E = E,
+      .K = K,
+      .dtype = Dtype::kFloat32});
+  });
+  check<float>("topk_router_backward", [&](const auto& out) {
+    CPU_KERNEL(topk_router_backward_cpu)
+    ({.dweight_TK = dweight_TK.data(),
+      .dprob_E = dprob_E.data(),
+      .dz = dz.data(),
+      .logits_TE = logits_TE.data(),
+      .expert_TK = expert_TK.data(),
+      .mask_T = mask_T,
+      .dlogits_TE = out(T * E),
+      .T = T,
+      .E = E,
+      .K = K,
+      .dtype = Dtype::kFloat32});
+  });
+}
+
+void check_grouped(const Plan& plan) {
+  const auto x_TI = normal<float>(T * I), lora_a_ERI = normal<float>(E * R * I),
+             da_TKR = normal<float>(N * R);
+  check<float>("grouped_shrink", [&](const auto& out) {
+    CPU_KERNEL(grouped_shrink_cpu)
+    ({.x_TI = x_TI.data(),
+      .lora_a_ERI = lora_a_ERI.data(),
+      .expert_TK = plan.expert_TK.data(),
+      .expert_start_E1 = plan.expert_start_E1.data(),
+      .row_slot_N = plan.row_slot_N.data(),
+      .a_TKR = out(N * R),
+      .T = T,
+      .K = K,
+      .E = E,
+      .R = R,
+      .I = I,
+      .dtype = Dtype::kFloat32});
+  });
+  check<float>("grouped_shrink_backward", [&](const auto& out) {
+    CPU_KERNEL(grouped_shrink_backward_cpu)
+    ({.da_TKR = da_TKR.data(),
+      .x_TI = x_TI.data(),
+      .lora_a_ERI = lora_a_ERI.data(),
+      .expert_TK = plan.expert_TK.data(),
+      .expert_start_E1 = plan.expert_start_E1.data(),
+      .row_slot_N = plan.row_slot_N.data(),
+      .token_order_T = plan.token_order_T.data(),
+      .dx_TI = out(T * I),
+      .dlora_a_ERI = out(E * R * I),
+      .T = T,
+      .K = K,
+      .E = E,
+      .R = R,
+      .I = I,
+      .dtype = Dtype::kFloat32});
+  });
+
+  // Empty groups, groups of few rows, and rows of no group.
+  const Numbers<int32_t> start_G1 = {0, 0, 3, 1001, 1002, 1002, 1499};
+  constexpr int64_t kRows = 1511, G = 6;
+  const auto x_NI = normal<float>(kRows * I), lora_a_GRI = normal<float>(G * R * I),
+             lora_b_GOR = normal<float>(G * O * R), dy_NO = normal<float>(kRows * O);
+  check<float>("grouped_lora", [&](const auto& out) {
+    CPU_KERNEL(grouped_lora_cpu)
+    ({.x_NI = x_NI.data(),
+      .lora_a_GRI = lora_a_GRI.data(),
+      .lora_b_GOR = lora_b_GOR.data(),
+      .group_start_G1 = start_G1.data(),
+      .y_NO = out(kRows * O),
+      .N = kRows,
+      .G = G,
+      .R = R,
+      .I = I,
+      .O = O,
+      .scaling = 1.7,
+      .dtype = Dtype::kFloat32});
+  });
+  check<float>("grouped_lora_backward", [&](const auto& out) {
+    CPU_KERNEL(grouped_lora_backward_cpu)
+    ({.dy_NO = dy_NO.data(),
+      .x_NI = x_NI.data(),
+      .lora_a_GRI = lora_a_GRI.data(),
+      .lora_b_GOR = lora_b_GOR.data(),
+      .group_start_G1 = start_G1.data(),
+      .dx_NI = out(kRows * I),
+      .dlora_a_GRI = out(G * R * I),
+      .dlora_b_GOR = out(G * O * R),
+      .N = kRows,
+      .G = G,
+      .R = R,
+      .I = I,
+      .O = O,
+      .scaling = 1.7,
+      .dtype = Dtype::kFloat32});
+  });
+}
+
+void check_glu(const Plan& plan) {
+  const auto gate_TF = normal<float>(T * F), up_TF = normal<float>(T * F),
+             a_gate_TKR = normal<float>(N * R), a_up_TKR = normal<float>(N * R),
+             b_gate_EFR = normal<float>(E * F * R), b_up_EFR = normal<float>(E * F * R),
+             a_down_ERF = normal<float>(E * R * F), weight_TK = normal<float>(N),
+             scale_EF = normal<float>(E * F), bias_F = normal<float>(F),
+             dhbar_TF = normal<float>(T * F), dz_TKR = normal<float>(N * R);
+  const SharedGluParams inputs{.dtype = GluDtype::kFloat,
+                               .act = 0,
+                               .tokens = T,
+                               .slots = K,
+                               .experts = E,
+                               .rank = R,
+                               .ffn = F,
+                               .gate_TF = gate_TF.data(),
+                               .up_TF = up_TF.data(),
+                               .a_gate_TKR = a_gate_TKR.data(),
+                               .a_up_TKR = a_up_TKR.data(),
+                               .b_gate_EFR = b_gate_EFR.data(),
+                               .b_up_EFR = b_up_EFR.data(),
+                               .a_down_ERF = a_down_ERF.data(),
+                               .weight_TK = weight_TK.data(),
+                               .scale_gate_EF = scale_EF.data(),
+                               .scale_up_EF = scale_EF.data(),
+                               .bias_gate_F = bias_F.data(),
+                               .bias_up_F = bias_F.data(),
+                               .expert_TK = plan.expert_TK.data(),
+                               .token_order_T = plan.token_order_T.data(),
+                               .scaling = 1.7,
+                               .dropout = 0.1,
+                               .seed = 5};
+  check<float>("shared_glu", [&](const auto& out) {
+    SharedGluParams p = inputs;
+    p.hbar_TF = out(T * F);
+    p.z_TKR = out(N * R);
+    CPU_KERNEL(shared_glu_cpu)(p);
+  });
+  check<float>("shared_glu_backward", [&](const auto& out) {
+    SharedGluParams p = inputs;
+    p.dhbar_TF = dhbar_TF.data();
+    p.dz_TKR = dz_TKR.data();
+    p.dgate_TF = out(T * F);
+    p.dup_TF = out(T * F);
+    p.da_gate_TKR = out(N * R);
+    p.da_up_TKR = out(N * R);
+    p.dweight_TK = out(N);
+    p.db_gate_EFR = out(E * F * R);
+    p.db_up_EFR = out(E * F * R);
+    p.da_down_ERF = out(E * R * F);
+    p.dscale_gate_EF = out(E * F);
+    p.dscale_up_EF = out(E * F);
+    CPU_KERNEL(shared_glu_backward_cpu)(p);
+  });
+}
+
+}  // namespace
+}  // namespace mixlora
+
+int main() {
+  mixlora::check_moe_sort();
+  const mixlora::Plan plan;
+  mixlora::check_rows(plan);
+  mixlora::check_router();
+  mixlora::check_grouped(plan);
+  mixlora::check_glu(plan);
+  return num_wrong ? 1 : 0;
+}
