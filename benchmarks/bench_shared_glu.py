@@ -1,14 +1,19 @@
 """The fused mixture, native against reference, forward and backward; experts drawn uniformly.
 
-GFLOP/s counts the rank-R products alone: 6 T K F R forward, 18 T K F R backward.
+GFLOP/s counts the rank-R products alone, 6 T K F R forward and 18 T K F R backward, as a share of a
+library product's in the same dtype, which takes turns with them.
 """
 
+import argparse
 import time
 
 import torch
 
 from benchmarks.harness import compare, print_header
 from mixlora import ops
+
+SHAPES = [(1024, 2816, 16, 8, 2), (1024, 2816, 8, 8, 2), (64, 2816, 16, 8, 2)]
+ROUNDS = 20
 
 
 def make(T: int, F: int, R: int, E: int, K: int, dtype: torch.dtype):
@@ -22,56 +27,73 @@ def make(T: int, F: int, R: int, E: int, K: int, dtype: torch.dtype):
     return (gate, up, a_gate, a_up, b_gate, b_up, a_down), plan, weight
 
 
-def gemm_rate(dtype: torch.dtype) -> float:
-    """GFLOP/s of a library product, for the scale."""
-    a, b = torch.randn(1024, 1024, dtype=dtype), torch.randn(1024, 2816, dtype=dtype)
-    rates = []
-    for _ in range(20):
-        start = time.perf_counter()
-        a @ b
-        rates.append(2 * 1024 * 1024 * 2816 / (time.perf_counter() - start) / 1e9)
-    return sorted(rates)[10]
+def rates(*sides) -> list[float]:
+    """GFLOP/s of every (function, FLOPs); the functions take turns, and the best of each counts:
+    what else runs on a machine only ever slows one down."""
+    seconds = [[] for _ in sides]
+    for _ in range(ROUNDS):
+        for (function, _), times in zip(sides, seconds, strict=True):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+    return [flops / min(times) / 1e9 for (_, flops), times in zip(sides, seconds, strict=True)]
 
 
-def best_rate(function, flops: float) -> float:
-    times = []
-    for _ in range(10):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return flops / sorted(times)[5] / 1e9
+def print_rates(tensors, plan: ops.Plan, weight, T: int, F: int, R: int, K: int) -> None:
+    inputs = [*tensors, weight]
+    outputs = ops.shared_glu(*tensors, plan, weight, 1.0)
+    dys = [torch.randn_like(x) for x in outputs]
+    a_TD, b_DF = (torch.randn(shape).to(tensors[0].dtype) for shape in ((1024, 1024), (1024, 2816)))
+
+    def forward() -> None:
+        with torch.no_grad():
+            ops.shared_glu(*tensors, plan, weight, 1.0)
+
+    library, forward_rate, backward_rate = rates(
+        (lambda: a_TD @ b_DF, 2 * a_TD.shape[0] * b_DF.numel()),
+        (forward, 6 * T * K * F * R),
+        (
+            lambda: torch.autograd.grad(outputs, inputs, dys, retain_graph=True),
+            18 * T * K * F * R,
+        ),
+    )
+    print(
+        f"  GFLOP/s: library product {library:.1f}, "
+        f"forward {forward_rate:.1f} ({forward_rate / library:.2f}), "
+        f"backward {backward_rate:.1f} ({backward_rate / library:.2f})"
+    )
+
+
+def bench(T: int, F: int, R: int, E: int, K: int, dtype: torch.dtype) -> None:
+    tensors, plan, weight = make(T, F, R, E, K, dtype)
+
+    def forward(op):
+        return op(*tensors, plan, weight, 1.0)
+
+    def both(op) -> None:
+        outputs = forward(op)
+        torch.autograd.grad(outputs, [*tensors, weight], [torch.ones_like(x) for x in outputs])
+
+    shape = f"T={T} F={F} R={R} E={E} K={K} {str(dtype).removeprefix('torch.')}"
+    with torch.no_grad():
+        compare(
+            f"shared_glu {shape} forward",
+            reference=lambda: forward(ops.shared_glu_ref),
+            native=lambda: forward(ops.shared_glu),
+        )
+    compare(
+        f"shared_glu {shape} forward and backward",
+        reference=lambda: both(ops.shared_glu_ref),
+        native=lambda: both(ops.shared_glu),
+    )
+    print_rates(tensors, plan, weight, T, F, R, K)
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    torch.set_num_threads(parser.parse_args().threads)
     print_header()
     for dtype in (torch.float32, torch.bfloat16):
-        for T, F, R, E, K in [(1024, 2816, 16, 8, 2), (1024, 2816, 8, 8, 2), (64, 2816, 16, 8, 2)]:
-            tensors, plan, weight = make(T, F, R, E, K, dtype)
-            inputs = [*tensors, weight]
-
-            def forward(op):
-                return op(*tensors, plan, weight, 1.0)  # noqa: B023  called in this turn
-
-            def both(op):
-                outputs = forward(op)
-                dys = [torch.ones_like(x) for x in outputs]
-                torch.autograd.grad(outputs, inputs, dys)  # noqa: B023
-
-            shape = f"T={T} F={F} R={R} E={E} K={K} {str(dtype).removeprefix('torch.')}"
-            with torch.no_grad():
-                compare(
-                    f"shared_glu {shape} forward",
-                    reference=lambda: forward(ops.shared_glu_ref),
-                    native=lambda: forward(ops.shared_glu),
-                )
-                rate = best_rate(lambda: forward(ops.shared_glu), 6 * T * K * F * R)
-            compare(
-                f"shared_glu {shape} forward and backward",
-                reference=lambda: both(ops.shared_glu_ref),
-                native=lambda: both(ops.shared_glu),
-            )
-            rate_both = best_rate(lambda: both(ops.shared_glu), 24 * T * K * F * R)
-            library = gemm_rate(dtype)
-            print(
-                f"  GFLOP/s: forward {rate:.0f}, both {rate_both:.0f}, library GEMM {library:.0f}"
-            )
+        for shape in SHAPES:
+            bench(*shape, dtype)

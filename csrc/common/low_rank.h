@@ -7,6 +7,9 @@
 // and ranks stays in registers. Rows lie anywhere (pointers), and what a block uses more than once
 // is first widened and copied side by side: rows of a matrix lie a power of two apart, and would
 // push each other out of the cache. Every sum is in an order that the sizes alone decide.
+//
+// Under expand lies panel, for a kernel that does the copying itself: a product with a matrix that
+// fits in the level-1 cache, its vectors along that matrix's rows, be they features or ranks.
 #pragma once
 
 #include <algorithm>
@@ -29,7 +32,9 @@ inline constexpr int kAhead = 8;  // rows to prefetch
 
 // In registers: a tile's sums, one row or column of vectors, and one more.
 inline constexpr int kShrinkRows = kVectorBytes == 64 ? 6 : 3, kShrinkRanks = 4;
-inline constexpr int kExpandRows = kVectorBytes == 64 ? 8 : 4, kExpandVectors = 3;
+inline constexpr int kTileSums = 12;  // 6 rows of 2 vectors, or 12 of 1
+
+inline constexpr int64_t kChain = 32;  // a longer sum is one of shorter ones: less rounding error
 
 // Calls body(std::integral_constant<int, n>{}) for 1 <= n; what is beyond kMost counts as kMost.
 template <int kMost, class Body>
@@ -86,7 +91,7 @@ INLINE void shrink_tile(const S* const* x, const S* a, int64_t columns, Vec<S>* 
   }
 }
 
-// Not inlined, nor is expand_tiles: one copy serves all types that widen to S.
+// Not inlined: one copy serves all types that widen to S.
 template <class S>
 __attribute__((noinline)) void shrink_tiles(
     const S* const* x, int64_t rows, const S* a, int64_t ranks, int64_t columns, Vec<S>* sums) {
@@ -157,38 +162,87 @@ struct Coefficients {
   }
 };
 
-// y[m] += sum_j c(m, j) a[j].
-template <int kRows, class S>
-INLINE void expand_tile(Coefficients<S> c, const S* a, int64_t terms, S* y) {
-  Vec<S> sum[kRows][kExpandVectors] = {};
+// y[m][i] = old[m][i] + sum_j c(m, j) a[j][i] for kVectors vectors of i.
+template <int kRows, int kVectors, class S>
+INLINE void panel_tile(Coefficients<S> c,
+                       const S* a,
+                       int64_t a_stride,
+                       int64_t terms,
+                       const S* const* old,
+                       int64_t i,
+                       S* y,
+                       int64_t y_stride) {
+  Vec<S> sum[kRows][kVectors] = {};
   for (int64_t j = 0; j < terms; ++j) {
-    Vec<S> a_j[kExpandVectors];
-    for (int v = 0; v < kExpandVectors; ++v) a_j[v] = load(a + v * kWidth<S>);
+    Vec<S> a_j[kVectors];
+    for (int v = 0; v < kVectors; ++v) a_j[v] = load(a + i + v * kWidth<S>);
     for (int m = 0; m < kRows; ++m) {
       const Vec<S> c_m = splat(c.at[m * c.row_stride]);
-      for (int v = 0; v < kExpandVectors; ++v) sum[m][v] = c_m * a_j[v] + sum[m][v];
+      for (int v = 0; v < kVectors; ++v) sum[m][v] = c_m * a_j[v] + sum[m][v];
     }
-    a += kPanelColumns;
+    a += a_stride;
     c.at += c.term_stride;
   }
   for (int m = 0; m < kRows; ++m) {
-    for (int v = 0; v < kExpandVectors; ++v) {
-      S* to = y + m * kPanelColumns + v * kWidth<S>;
-      store(to, load(to) + sum[m][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = i + v * kWidth<S>;
+      store(y + m * y_stride + at, load(old[m] + at) + sum[m][v]);
     }
   }
 }
 
+template <int kRows, int kVectors, class S>
+void panel_rows(Coefficients<S> c,
+                const S* a,
+                int64_t a_stride,
+                int64_t J,
+                int64_t i0,
+                int64_t i1,
+                const S* const* from,
+                S* y,
+                int64_t y_stride) {
+  const S* old[kRows];
+  for (int m = 0; m < kRows; ++m) old[m] = from != nullptr ? from[m] : y + m * y_stride;
+  for (int64_t j = 0; j == 0 || j < J; j += kChain) {
+    for (int64_t i = i0; i < i1; i += kVectors * kWidth<S>) {
+      panel_tile<kRows, kVectors>(
+          c.from(0, j), a + j * a_stride, a_stride, std::min(kChain, J - j), old, i, y, y_stride);
+    }
+    for (int m = 0; m < kRows; ++m) old[m] = y + m * y_stride;
+  }
+}
+
+// y[m][i] = from[m][i] + sum_j c(m, j) a[j][i] for m < M, j < J and a multiple of kWidth columns;
+// without `from`, y[m][i] is added to. Not inlined: one copy serves all types that widen to S.
 template <class S>
-__attribute__((noinline)) void expand_tiles(
-    Coefficients<S> c, const S* a, int64_t rows, int64_t terms, int64_t columns, S* y) {
-  for (int64_t i = 0; i < columns; i += kExpandVectors * kWidth<S>) {
-    for (int64_t m = 0; m < rows; m += kExpandRows) {
-      with_constant<kExpandRows>(rows - m, [&](auto kRows) {
-        expand_tile<kRows>(c.from(m, 0), a + i, terms, y + m * kPanelColumns + i);
+__attribute__((noinline)) void panel(Coefficients<S> c,
+                                     const S* a,
+                                     int64_t a_stride,
+                                     int64_t M,
+                                     int64_t J,
+                                     int64_t columns,
+                                     S* y,
+                                     int64_t y_stride,
+                                     const S* const* from = nullptr) {
+  const auto rows = [&](auto kVectors, int64_t i0, int64_t i1) {
+    constexpr int kMost = kTileSums / kVectors;
+    for (int64_t m = 0; m < M && i0 < i1; m += kMost) {
+      with_constant<kMost>(M - m, [&](auto kRows) {
+        panel_rows<kRows, kVectors>(c.from(m, 0),
+                                    a,
+                                    a_stride,
+                                    J,
+                                    i0,
+                                    i1,
+                                    from != nullptr ? from + m : nullptr,
+                                    y + m * y_stride,
+                                    y_stride);
       });
     }
-  }
+  };
+  const int64_t pairs = columns / (2 * kWidth<S>)*(2 * kWidth<S>);
+  rows(std::integral_constant<int, 2>{}, 0, pairs);
+  rows(std::integral_constant<int, 1>{}, pairs, columns);
 }
 
 // y_m[i] = sum_j c(m, j) row(j)[i] for m < M, j < J, i < columns <= kPanelColumns; store(m, y_m)
@@ -196,10 +250,8 @@ __attribute__((noinline)) void expand_tiles(
 template <class S, class Row, class Store>
 void expand(
     Coefficients<S> c, int64_t M, int64_t J, int64_t columns, const Row& row, const Store& store) {
-  constexpr int kTileColumns = kExpandVectors * kWidth<S>;
-  static_assert(kPanelColumns % kTileColumns == 0);
   alignas(64) S a[kPanelRows * kPanelColumns], y[kBlockRows * kPanelColumns];
-  const int64_t padded = round_up(columns, kTileColumns);
+  const int64_t padded = round_up(columns, kWidth<S>);
   for (int64_t m0 = 0; m0 < M; m0 += kBlockRows) {
     const int64_t rows = std::min<int64_t>(kBlockRows, M - m0);
     std::fill(y, y + rows * kPanelColumns, S(0));
@@ -209,7 +261,7 @@ void expand(
         if (j0 + j + kAhead < J) prefetch(row(j0 + j + kAhead), columns);
         copy_padded(row(j0 + j), columns, padded, a + j * kPanelColumns);
       }
-      expand_tiles(c.from(m0, j0), a, rows, terms, padded, y);
+      panel(c.from(m0, j0), a, kPanelColumns, rows, terms, padded, y, kPanelColumns);
     }
     for (int64_t m = 0; m < rows; ++m) store(m0 + m, y + m * kPanelColumns);
   }
@@ -220,6 +272,46 @@ template <class Body>
 void for_each_panel(int64_t features, const Body& body) {
   for (int64_t begin = 0; begin < features; begin += kPanelColumns) {
     body(begin, std::min<int64_t>(kPanelColumns, features - begin));
+  }
+}
+
+// y[j] = lane j of all x. Each round zips the first half of the vectors with the second.
+template <class S>
+INLINE void transpose_vectors(Vec<S>* x) {
+  constexpr int kW = kWidth<S>;
+  using Lanes = std::conditional_t<sizeof(S) == 4, Ints, Longs>;
+  Lanes low, high;
+  for (int i = 0; i < kW; ++i) low[i] = i / 2 + i % 2 * kW, high[i] = low[i] + kW / 2;
+  for (int round = 1; round < kW; round *= 2) {
+    Vec<S> y[kW];
+    for (int i = 0; i < kW / 2; ++i) {
+      y[2 * i] = __builtin_shuffle(x[i], x[i + kW / 2], low);
+      y[2 * i + 1] = __builtin_shuffle(x[i], x[i + kW / 2], high);
+    }
+    for (int i = 0; i < kW; ++i) x[i] = y[i];
+  }
+}
+
+// to[j][i] = from[i][j]; the rest of a row of `to` is kept.
+template <class S>
+void transpose(
+    const S* from, int64_t rows, int64_t columns, int64_t from_stride, S* to, int64_t to_stride) {
+  constexpr int64_t kW = kWidth<S>;
+  for (int64_t i = 0; i < rows; i += kW) {
+    for (int64_t j = 0; j < columns; j += kW) {
+      if (i + kW <= rows && j + kW <= columns) {
+        Vec<S> tile[kW];
+        for (int n = 0; n < kW; ++n) tile[n] = load(from + (i + n) * from_stride + j);
+        transpose_vectors<S>(tile);
+        for (int n = 0; n < kW; ++n) store(to + (j + n) * to_stride + i, tile[n]);
+        continue;
+      }
+      for (int64_t n = j; n < std::min(j + kW, columns); ++n) {
+        for (int64_t m = i; m < std::min(i + kW, rows); ++m) {
+          to[n * to_stride + m] = from[m * from_stride + n];
+        }
+      }
+    }
   }
 }
 

@@ -54,6 +54,7 @@ using Vec = typename VecOf<S>::type;
 typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t Bits32 __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+typedef int64_t Longs __attribute__((vector_size(kVectorBytes)));
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -199,20 +200,17 @@ INLINE Vec<float> exp(Vec<float> x) {
   const Vec<float> low = splat(-87.33654f), high = splat(88.02969f);
   x = x < low ? low : x;
   x = x > high ? high : x;
-  const Vec<float> scaled = x * 1.44269504f;
   const Vec<float> magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number
-  const Vec<float> whole = (scaled + magic) - magic;
-  Vec<float> rest = x - whole * 0.693359375f;
-  rest = rest + whole * 2.12194440e-4f;
-  Vec<float> y = splat(1.9875691500e-4f);
-  y = y * rest + 1.3981999507e-3f;
-  y = y * rest + 8.3334519073e-3f;
-  y = y * rest + 4.1665795894e-2f;
-  y = y * rest + 1.6666665459e-1f;
-  y = y * rest + 5.0000001201e-1f;
-  y = y * rest * rest + rest + 1.f;
-  const Ints exponent = (__builtin_convertvector(whole, Ints) + 127) << 23;
-  return y * (Vec<float>)exponent;
+  const Vec<float> shifted = x * 1.44269504f + magic, whole = shifted - magic;
+  const Vec<float> rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  Vec<float> y = splat(8.3125015e-3f);  // least error of its degree on [-log(2) / 2, log(2) / 2]
+  y = y * rest + 4.1890332e-2f;
+  y = y * rest + 1.6667116e-1f;
+  y = y * rest + 4.9999230e-1f;
+  y = y * rest + 1.f;
+  y = y * rest + 1.f;
+  // The whole number, in the last bits of `shifted`, goes to y's exponent.
+  return (Vec<float>)((Ints)y + ((Ints)shifted << 23));
 }
 INLINE Vec<double> exp(Vec<double> x) {
   for (int i = 0; i < kWidth<double>; ++i) x[i] = std::exp(x[i]);

@@ -8,13 +8,6 @@ namespace {
 // Of a group: fewer do not pay for a transposed copy of its B.
 constexpr int kFewRows = 8;
 
-template <class S>
-void transpose(const S* from, int64_t rows, int64_t columns, S* to, int64_t to_stride) {
-  for (int64_t j = 0; j < columns; ++j) {
-    for (int64_t i = 0; i < rows; ++i) to[j * to_stride + i] = from[i * columns + j];
-  }
-}
-
 int64_t num_panels(int64_t features) { return (features + kPanelColumns - 1) / kPanelColumns; }
 
 // Calls body(group, begin, columns) for the panels of every group, in parallel.
@@ -36,7 +29,7 @@ std::unique_ptr<Wide<T>[]> transposed_b(const Params& p, int64_t min_rows) {
     if (p.group_start_G1[g + 1] - p.group_start_G1[g] < min_rows) return;
     std::vector<Wide<T>> b_OR(columns * p.R);
     convert(lora_b_GOR + (g * p.O + o) * p.R, columns * p.R, b_OR.data());
-    transpose(b_OR.data(), columns, p.R, b_GRO.get() + g * p.R * p.O + o, p.O);
+    transpose(b_OR.data(), columns, p.R, p.R, b_GRO.get() + g * p.R * p.O + o, p.O);
   });
   return b_GRO;
 }
@@ -76,7 +69,7 @@ void expand_few(const Wide<T>* z_NR, RowBlock block, const T* b_OR, int64_t R, i
     for (int64_t i = 0; i < features; ++i) b[i] = b_OR + (o + i) * R;
     Wide<T> y_ON[kBlockRows * kFewRows], y_NO_block[kFewRows * kBlockRows];
     shrink<T>(b, features, z_NR, N, R, 1, y_ON);
-    transpose(y_ON, features, N, y_NO_block, kBlockRows);
+    transpose(y_ON, features, N, N, y_NO_block, kBlockRows);
     for (int64_t n = 0; n < N; ++n) {
       convert(y_NO_block + n * kBlockRows, features, y_NO + (block.begin + n) * O + o);
     }
@@ -161,7 +154,7 @@ void backward(const GroupedLoraBackwardParams& p) {
         columns,
         [&](int64_t j) { return dy_NO + (begin + j) * p.O + o; },
         [&](int64_t r, const S* db) { std::copy(db, db + columns, &db_RO[r * columns]); });
-    transpose(db_RO.data(), R, columns, db_OR.data(), R);
+    transpose(db_RO.data(), R, columns, columns, db_OR.data(), R);
     convert(db_OR.data(), columns * R, dlora_b_GOR + (g * p.O + o) * R);
   });
 }
