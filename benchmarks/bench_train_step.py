@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import machine, print_header
+from benchmarks.modes import MODES
 from mixlora.errors import ArgumentParser, InputError, command, did_you_mean
 
 SIZES = {
@@ -106,6 +107,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--systems", help=f"names, by commas, of {', '.join(SYSTEMS)}")
     parser.add_argument("--moe-peft", help="python of the environment of tools/foreign.sh")
     parser.add_argument("--output", help="write the table here, as JSON")
+    parser.add_argument("--plot", help="draw it here, as PNG; needs base among the systems")
     options = parser.parse_args(argv)
     tokens_BS = torch.randint(SIZES["vocab_size"], (options.rows, options.tokens)).tolist()
     settings = {
@@ -126,8 +128,11 @@ def main(argv: list[str]) -> int:
     for _ in range(options.rounds):
         for system in systems:
             system.step()
-    rows = [row_of(system, systems) for system in systems]
+    shape = options.layers, options.rows, options.tokens
+    rows = [row_of(system, systems, shape) for system in systems]
     print_table(rows)
+    if options.plot:
+        plot(rows, f"{options.dtype}, {machine()}", options.plot)
     if options.output:
         settings = {**vars(options), "machine": machine()}
         Path(options.output).write_text(json.dumps({**settings, "rows": rows}, indent=2) + "\n")
@@ -142,7 +147,37 @@ def chosen(names: str | None) -> list[str]:
     return names
 
 
-def row_of(system: System, systems: list[System]) -> dict[str, Any]:
+def flops(name: str, num_layers: int, num_rows: int, S: int) -> float:
+    """What a step must at least compute: of frozen weights the forward and the gradient of the
+    input, of low ranks the weights' gradients too. A token's K experts alone, in gate and up once
+    more in backward; in a DoRA also W A^T, whatever the number of tokens."""
+    D, F, V = (SIZES[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
+    made_with, adapter = SYSTEMS[name]
+    T = num_rows * S
+    whole = 4 * D * D + 3 * D * F  # weights of a layer
+    attention = 7 * S * D  # 2 products in forward, 5 in backward, half of each behind the mask
+    per_token = 4 * (num_layers * whole + V * D) + num_layers * attention
+    if adapter is None:
+        return per_token * T
+    R = adapter["r"]
+    attention_lora, ffn_lora = 6 * R * 4 * 2 * D, 6 * R * 3 * (D + F)
+    if "num_experts" not in adapter:
+        per_token += num_layers * (attention_lora + ffn_lora)
+    else:
+        K = adapter["top_k"]
+        is_dora = adapter.get("use_dora", False)
+        again = 2 * 2 * R * F
+        times_w1_w3 = K if made_with == "vanilla" else 1
+        times_w2 = K if is_dora or made_with in MODES else 1
+        frozen_more = 4 * ((times_w1_w3 - 1) * 2 + times_w2 - 1) * D * F
+        per_token += num_layers * (attention_lora + K * (ffn_lora + again) + frozen_more)
+    total = per_token * T
+    if adapter.get("use_dora"):
+        total += num_layers * 2 * R * adapter.get("num_experts", 1) * whole
+    return total
+
+
+def row_of(system: System, systems: list[System], shape: tuple[int, int, int]) -> dict[str, Any]:
     def ratio(name: str) -> float | None:
         other = next((s for s in systems if s.name == name), None)
         pairs = zip(system.times, other.times, strict=True) if other else []
@@ -153,9 +188,30 @@ def row_of(system: System, systems: list[System]) -> dict[str, Any]:
         "system": system.name,
         "ms": 1e3 * median(system.times),
         **{f"/ {name}": ratio(name) for name in REFERENCES},
+        "FLOPs / base": flops(system.name, *shape) / flops("base", *shape),
         "saved MB": system.saved_bytes / 1e6,
         "peak MB": system.peak_bytes / 1e6,
     }
+
+
+def plot(rows: list[dict[str, Any]], title: str, path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [row["system"] for row in rows][::-1]
+    figure, (times, saved) = plt.subplots(1, 2, figsize=(10, 0.4 * len(rows) + 1.2), sharey=True)
+    times.barh(names, [row["/ base"] for row in rows][::-1], color="tab:blue")
+    bounds = [row["FLOPs / base"] for row in rows][::-1]
+    times.plot(bounds, names, "k|", markersize=16, label="its FLOPs")
+    times.set_xlabel("time of a step, of the frozen model's")
+    times.legend()
+    saved.barh(names, [row["saved MB"] for row in rows][::-1], color="tab:orange")
+    saved.set_xlabel("kept for backward, MB")
+    figure.suptitle(title, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

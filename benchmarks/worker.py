@@ -10,6 +10,7 @@ The first line of stdin is a JSON object; each line after it is answered by one 
 import gc
 import json
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,17 +57,18 @@ def step(trainee: Trainee, optimizer: torch.optim.Optimizer) -> float:
 def saved_bytes(loss: Callable[[], Tensor]) -> int:
     """Each storage that autograd keeps once, without the parameters."""
     known = {storage_of(x) for x in gc.get_objects() if type(x) is nn.Parameter}
-    kept: dict[int, tuple[int, Tensor]] = {}  # holds the tensors: no address is used twice
+    packed: list[weakref.ref[Tensor]] = []  # what a function let go again is not kept
 
     def pack(x: Tensor) -> Tensor:
-        if storage_of(x) not in known:
-            kept[storage_of(x)] = x.untyped_storage().nbytes(), x
+        packed.append(weakref.ref(x))
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         result = loss()
+    kept = [x for x in (reference() for reference in packed) if x is not None]
+    sizes = {storage_of(x): x.untyped_storage().nbytes() for x in kept}
     del result
-    return sum(size for size, _ in kept.values())
+    return sum(size for storage, size in sizes.items() if storage not in known)
 
 
 def storage_of(x: Tensor) -> int:

@@ -41,37 +41,55 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
         self.eps = eps
 
+        self._zero_state: tuple[int, int] | None = None
+        self._has_zero = False
+
+    def scale(self) -> Tensor:
+        return self.weight
+
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return rms_norm(x_BSD, self.weight, self.eps)
+        scale_D = self.scale()
+        needs_grad = torch.is_grad_enabled() and x_BSD.requires_grad
+        keeps_y = needs_grad and not self.has_zero(scale_D)
+        return _RmsNorm.apply(x_BSD, scale_D, self.eps, keeps_y)
 
-
-def rms_norm(x_BSD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) in fp32, rounded to the weight's dtype and multiplied by it."""
-    return _RmsNorm.apply(x_BSD, weight_D, eps)
+    def has_zero(self, scale_D: Tensor) -> bool:
+        """Looked up again only where the weight has changed: a GPU would be waited for."""
+        state = self.weight.data_ptr(), self.weight._version
+        if state != self._zero_state:
+            self._zero_state, self._has_zero = state, bool((scale_D == 0).any())
+        return self._has_zero
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Keeps x and a number per token for backward, no copy of x in fp32."""
+    """The quotient in fp32, rounded to the scale's dtype and multiplied by it.
+
+    Keeps y and a number per token for backward, no copy in fp32. Unlike x, y is kept by the LoRA
+    behind it anyway, and it gives x back, unless there are zeros in the scale.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_BSD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x_BSD: Tensor, scale_D: Tensor, eps: float, keeps_y: bool) -> Tensor:
         wide_BSD = widened(x_BSD)
         rate_BS1 = torch.rsqrt(wide_BSD.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x_BSD, weight_D, rate_BS1)
-        return (weight_D * (wide_BSD * rate_BS1).to(weight_D.dtype)).to(x_BSD.dtype)
+        y_BSD = (scale_D * (wide_BSD * rate_BS1).to(scale_D.dtype)).to(x_BSD.dtype)
+        ctx.keeps_y = keeps_y
+        ctx.save_for_backward(y_BSD if keeps_y else x_BSD, scale_D, rate_BS1)
+        return y_BSD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BSD: Tensor) -> tuple[Tensor | None, ...]:
-        x_BSD, weight_D, rate_BS1 = ctx.saved_tensors
-        unit_BSD, dy_BSD = widened(x_BSD) * rate_BS1, widened(dy_BSD)
-        dunit_BSD = dy_BSD * weight_D
+        kept_BSD, scale_D, rate_BS1 = ctx.saved_tensors
+        dy_BSD = widened(dy_BSD)
+        unit_BSD = widened(kept_BSD) / scale_D if ctx.keeps_y else widened(kept_BSD) * rate_BS1
+        dunit_BSD = dy_BSD * scale_D
         along_BS1 = (dunit_BSD * unit_BSD).mean(-1, keepdim=True)
         dx_BSD = (dunit_BSD - unit_BSD * along_BS1) * rate_BS1
-        dweight_D = None
+        dscale_D = None
         if ctx.needs_input_grad[1]:
-            dweight_D = (dy_BSD * unit_BSD).flatten(0, -2).sum(0).to(weight_D.dtype)
-        return dx_BSD.to(x_BSD.dtype), dweight_D, None
+            dscale_D = (dy_BSD * unit_BSD).flatten(0, -2).sum(0).to(scale_D.dtype)
+        return dx_BSD.to(kept_BSD.dtype), dscale_D, None, None
 
 
 def widened(x: Tensor) -> Tensor:

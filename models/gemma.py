@@ -20,13 +20,13 @@ from mixlora.layers.context import ForwardContext
 from mixlora.layers.kv_cache import KvCache
 from mixlora.layers.lora import Linear
 from mixlora.layers.mixlora_ffn import FeedForward
+from models import common
 from models.common import (
     Head,
     attention_mask,
     check_sizes,
     next_token_loss,
     positions_of,
-    rms_norm,
     widened,
 )
 from models.rotary import Rope, apply_rotary, rotary
@@ -63,16 +63,15 @@ class GemmaConfig:
         check_sizes(self)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(common.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * (1 + weight), all of it in fp32."""
 
     def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(size), requires_grad=False)
-        self.eps = eps
+        super().__init__(size, eps)
+        nn.init.zeros_(self.weight)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        return rms_norm(x_BSD, 1 + widened(self.weight), self.eps)
+    def scale(self) -> Tensor:
+        return 1 + widened(self.weight)
 
 
 class Attention(nn.Module):

@@ -10,7 +10,7 @@ except ImportError as error:
 from mixlora.ops._switch import reference, use_reference
 from mixlora.ops.grouped_lora import grouped_lora, grouped_lora_ref
 from mixlora.ops.grouped_shrink import grouped_shrink, grouped_shrink_ref
-from mixlora.ops.linear import linear
+from mixlora.ops.linear import linear, linear_ref
 from mixlora.ops.moe_gather import moe_gather, moe_gather_ref
 from mixlora.ops.moe_scatter import moe_scatter, moe_scatter_ref
 from mixlora.ops.moe_sort import Plan, moe_sort, moe_sort_ref
@@ -26,6 +26,7 @@ __all__ = [
     "grouped_shrink",
     "grouped_shrink_ref",
     "linear",
+    "linear_ref",
     "moe_gather",
     "moe_gather_ref",
     "moe_scatter",

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mixlora.ops._switch import use_reference
+
 WIDENED = 1 << 24  # elements of W at once: 64 MiB
 FEW_ROWS = 8  # with fewer of x, widening W takes longer than the emulation
 
@@ -20,9 +22,13 @@ FEW_ROWS = 8  # with fewer of x, widening W takes longer than the emulation
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., I], weight [O, I], bias [O] -> [..., O]."""
     is_few = x.numel() < FEW_ROWS * x.shape[-1] and not torch.is_grad_enabled()
-    if is_few or not is_emulated(x):
-        return F.linear(x, weight, bias)
+    if is_few or not is_emulated(x) or use_reference():
+        return linear_ref(x, weight, bias)
     return _WideLinear.apply(x, weight, bias)
+
+
+def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, weight, bias)
 
 
 def is_emulated(x: Tensor) -> bool:
@@ -35,11 +41,12 @@ class _WideLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         wide_TI = x.flatten(0, -2).float()
-        y_TO = x.new_empty(len(wide_TI), len(weight))
+        y = x.new_empty(*x.shape[:-1], len(weight))  # no view: it may be overwritten
+        y_TO = y.view(-1, len(weight))
         for rows in blocks(weight):
             product_TO = wide_TI @ weight[rows].float().T
             y_TO[:, rows] = product_TO if bias is None else product_TO.add_(bias[rows])
-        return y_TO.view(*x.shape[:-1], len(weight))
+        return y
 
     @staticmethod
     @once_differentiable

@@ -4,7 +4,6 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mixlora import ops
@@ -34,12 +33,21 @@ def test_widened_product(emulated, shape: tuple[int, ...], bias: bool) -> None:
     low = [None if t is None else t.bfloat16() for t in inputs]
     exact = [None if t is None else t.double() for t in low]
     found = with_gradients(ops.linear, *low)
-    plain, exact = with_gradients(F.linear, *low), with_gradients(F.linear, *exact)
+    plain, exact = with_gradients(ops.linear_ref, *low), with_gradients(ops.linear_ref, *exact)
     for native, ref, ref64 in zip(found, plain, exact, strict=True):
         assert_close_to_ref64(native, ref, ref64)
     noncontiguous = [None if t is None else scattered(t) for t in low]
     for native, again in zip(found, with_gradients(ops.linear, *noncontiguous), strict=True):
         assert torch.equal(native, again)
+
+
+def test_the_result_may_be_overwritten(emulated) -> None:
+    """As adapters do, which add to it."""
+    x, weight = normal(2, 3, 9).bfloat16().requires_grad_(), normal(11, 9).bfloat16()
+    (dx,) = torch.autograd.grad(ops.linear(x, weight).add_(1).sum(), x)
+    assert_close_to_ref64(
+        dx, *(weight.to(t).sum(0).expand_as(dx) for t in (dx.dtype, torch.double))
+    )
 
 
 def test_only_where_bf16_is_emulated(emulated, monkeypatch) -> None:
