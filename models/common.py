@@ -165,7 +165,8 @@ def next_token_loss(
     if segments_BS is not None:
         wanted_BS = wanted_BS & (segments_BS[:, 1:] == segments_BS[:, :-1])
     hidden_TD, target_T = hidden_BSD[:, :-1][wanted_BS], target_BS[wanted_BS]
-    return _ChunkedLoss.apply(hidden_TD, lm_head.weight, target_T, lm_head), wanted_BS.sum()
+    weight = lm_head.weight if torch.is_grad_enabled() else lm_head.weight.detach()
+    return _ChunkedLoss.apply(hidden_TD, weight, target_T, lm_head), wanted_BS.sum()
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -358,6 +358,9 @@ def test_chunked_loss(monkeypatch, family: str, rows_per_chunk: int) -> None:
     for name, gradient in found.items():
         assert gradient.abs().max() > 0
         assert_close(gradient, wanted_gradients[name])
+    for without in (torch.no_grad(), torch.inference_mode()):
+        with without:
+            assert torch.equal(model(tokens_BS, labels_BS=labels_BS)[0], loss)
 
 
 @torch.no_grad()
