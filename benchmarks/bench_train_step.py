@@ -9,7 +9,7 @@ D 1024, F 2816, 16 heads, vocabulary 4096. Every system is a process; they take 
 so that a machine that slows down slows all, and a ratio is the median of the ratios of steps of the
 same round. The floor, base, is the frozen model with gradients of its embeddings. "Saved" are the
 bytes that autograd keeps for backward, each storage once, without parameters; "peak" is the most
-memory of a step beyond what model and optimizer hold. A system takes 1 to 4 GB all the while.
+memory of the first step beyond what the model holds. A system takes 1 to 4 GB all the while.
 """
 
 import json
@@ -73,11 +73,9 @@ class System:
             text=True,
         )
         self._send(json.dumps({**settings, "with": made_with, "adapter": adapter}))
-        self.saved_bytes = self.ask("saved")["saved_bytes"]
-        self.ask("step")  # the optimizer's state is made
-        self.ask("peak")
         self.ask("step")
         self.peak_bytes = self.ask("peak")["peak_bytes"]
+        self.saved_bytes = self.ask("saved")["saved_bytes"]
         self.times: list[float] = []
 
     def ask(self, what: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ The first line of stdin is a JSON object; each line after it is answered by one 
 
     step     a training step: forward, loss, backward, clipping, AdamW    {"loss": 8.3}
     saved    a forward alone     {"saved_bytes": what autograd keeps for backward}
-    peak     {"peak_bytes": the most memory since the line before, beyond what was there then}
+    peak     {"peak_bytes": the most memory since the beginning, beyond what was there then}
 """
 
 import gc
@@ -30,6 +30,7 @@ def serve(make: Callable[[dict[str, Any]], Trainee]) -> None:
     torch.manual_seed(0)
     trainee = make(json.loads(sys.stdin.readline()))
     optimizer = torch.optim.AdamW(trainee.parameters, lr=2e-4)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = resident("VmRSS")
     for line in sys.stdin:
         if line.strip() == "saved":
@@ -39,10 +40,6 @@ def serve(make: Callable[[dict[str, Any]], Trainee]) -> None:
         else:
             answer = {"loss": step(trainee, optimizer)}
         print(json.dumps(answer), file=answers, flush=True)
-        if line.strip() != "step":
-            gc.collect()
-            Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-            before = resident("VmRSS")
 
 
 def step(trainee: Trainee, optimizer: torch.optim.Optimizer) -> float:

@@ -56,6 +56,8 @@ class AdaptedModel(nn.Module):
                 raise InputError(f"{name} must be [B, S] = [{B}, {S}], got {list(x_BS.shape)}")
             if x_BS is not None and name in ("mask_BS", "select_BS") and x_BS.dtype != torch.bool:
                 raise InputError(f"{name} must be bool, got {x_BS.dtype}")
+        if cache is not None and segments_BS is not None:
+            raise InputError("segments_BS needs cache=None: packed rows are not continued")
         if adapters is None:
             spans = (Span(self.active_adapter, 0, B),)
         elif isinstance(adapters, str) or len(adapters) != B:

@@ -316,6 +316,8 @@ def test_prefill_in_pieces(family: str) -> None:
     cache = model.new_cache(2, 12)
     pieces = [model(piece_BS, cache=cache) for piece_BS in tokens_BS.split([5, 1, 6], dim=1)]
     assert_close(torch.cat(pieces, dim=1), model(tokens_BS), rel=LOGITS)
+    with pytest.raises(InputError, match="segments_BS needs cache=None"):
+        model(tokens_BS[:, :1], segments_BS=torch.zeros(2, 1).long(), cache=cache)
     with pytest.raises(InputError, match="the cache holds 12 tokens: 12 are taken, 1 "):
         model(tokens_BS[:, :1], cache=cache)
 
