@@ -409,6 +409,16 @@ def test_a_long_batch_is_cut_into_blocks() -> None:
         assert_close(native[name], wanted)
 
 
+def test_a_wide_feed_forward_is_cut_into_strips() -> None:
+    """The forward's sums of z are of 768 columns at most."""
+    plan = some_plan(20, 2, 3, "zipf")
+    tensors = inputs(plan, 3, F=1900, R=5)
+    options = "silu", 0.3, SEED
+    native = with_gradients(ops.shared_glu, tensors, plan, *options)
+    for name, wanted in with_gradients(ops.shared_glu_ref, tensors, plan, *options).items():
+        assert_close(native[name], wanted)
+
+
 PROGRAM = """
 import sys, torch
 from mixlora import _C, ops
