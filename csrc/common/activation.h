@@ -15,7 +15,7 @@ INLINE void activate(V x, V& value, V& slope) {
   using S = std::remove_cvref_t<decltype(x[0])>;
   const V one = splat(S{1});
   if constexpr (kAct == Activation::kSilu) {
-    const V sigmoid = one / (one + exp(-x));
+    const V power = exp(x), sigmoid = power / (one + power);
     value = x * sigmoid;
     slope = sigmoid + value * (one - sigmoid);
   } else if constexpr (kAct == Activation::kGelu) {

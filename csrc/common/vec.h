@@ -14,6 +14,7 @@
 //   });
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -213,7 +214,7 @@ INLINE Vec<float> exp(Vec<float> x) {
   return (Vec<float>)((Ints)y + ((Ints)shifted << 23));
 }
 INLINE Vec<double> exp(Vec<double> x) {
-  for (int i = 0; i < kWidth<double>; ++i) x[i] = std::exp(x[i]);
+  for (int i = 0; i < kWidth<double>; ++i) x[i] = std::exp(std::min(std::max(x[i], -708.0), 709.0));
   return x;
 }
 

@@ -3,7 +3,6 @@
 namespace mixlora::MIXLORA_ISA {
 namespace {
 
-constexpr int64_t kBackwardRows = 24;  // of a tile
 constexpr int64_t kPartialBlocks = 8;  // partial sums are kept for so many blocks of tokens
 
 // What a row's act and product give back, chunk by chunk.
@@ -17,9 +16,9 @@ struct RowGradient {
 
 // Returns <dhbar, h>.
 template <Activation kAct, class S>
-S differentiate_row(RowGradient<S> row, int64_t columns) {
+S differentiate_row(RowGradient<S> row) {
   Vec<S> dweight = {};
-  for (int64_t j = 0; j < columns; j += kWidth<S>) {
+  for (int64_t j = 0; j < kColumns; j += kWidth<S>) {
     Vec<S> value, slope;
     activate<kAct>(load(row.gate + j), value, slope);
     const Vec<S> up = load(row.up + j), dhbar = load(row.dhbar + j), h = value * up;
@@ -33,85 +32,71 @@ S differentiate_row(RowGradient<S> row, int64_t columns) {
 }
 
 template <class S>
-void add_row(const S* x, S* sum, int64_t columns) {
-  for (int64_t j = 0; j < columns; j += kWidth<S>) store(sum + j, load(sum + j) + load(x + j));
+void add_row(const S* x, S* sum) {
+  for (int64_t j = 0; j < kColumns; j += kWidth<S>) store(sum + j, load(sum + j) + load(x + j));
 }
 
-template <class S>
-class Backward : Glu<S> {
-  using Glu<S>::p, Glu<S>::R, Glu<S>::chunks, Glu<S>::rows, Glu<S>::weight_TK, Glu<S>::has_down;
+template <class S, int kRanks>
+class Backward : Glu<S, kRanks> {
+  using Base = Glu<S, kRanks>;
+  using Base::p, Base::rank_blocks, Base::chunks, Base::rows, Base::N, Base::has_down;
 
  public:
-  explicit Backward(const SharedGluParams& params) : Glu<S>(params, kBackwardRows) {
+  explicit Backward(const SharedGluParams& params) : Base(params) {
     with_activation(p.act, [&](auto kAct) { differentiate_row_ = differentiate_row<kAct, S>; });
   }
 
   void run() {
-    dz_NR_ = this->rows_by_expert(p.dz_TKR);
-    b_gate_EFR_ = panels_of_b(p.b_gate_EFR);
-    b_up_EFR_ = panels_of_b(p.b_up_EFR);
-    a_down_ERF_ = this->panels(p.a_down_ERF, p.rank, [&](const S* a_RF, int64_t chunk, S* dst) {
-      for (int64_t r = 0; r < p.rank; ++r) {
-        const S* from = a_RF + r * p.ffn + chunk * kColumns;
-        copy_padded(from, this->real(chunk), kColumns, dst + r * kColumns);
-      }
-    });
-    const int64_t sums_size = p.experts * chunks * kColumns * R;
+    dz_NR_ = this->rows_by_expert(p.dz_TKR, 1);
+    b_gate_EFR_ = this->b_matrices(p.b_gate_EFR, false);
+    b_up_EFR_ = this->b_matrices(p.b_up_EFR, false);
+    a_down_ERF_ = this->a_matrices(p.a_down_ERF, false);
     for (auto [gradient, sums] : {std::pair{p.db_gate_EFR, &db_gate_EFR_},
                                   {p.db_up_EFR, &db_up_EFR_},
                                   {p.da_down_ERF, &da_down_EFR_}}) {
-      if (gradient != nullptr) *sums = buffer<S>(sums_size);
+      if (gradient != nullptr) *sums = buffer<S>(this->matrix_at(p.experts, 0, 0));
     }
 
     // Chunks of F are independent; what they add up over F is summed in their order afterwards.
     const int64_t blocks = rows.blocks.size();
-    int64_t most_rows = 0;
     for (int64_t first = 0; first < blocks; first += kPartialBlocks) {
       const int64_t last = std::min(blocks, first + kPartialBlocks);
-      most_rows = std::max(most_rows, rows.blocks[last - 1].end - rows.blocks[first].begin);
+      partial_rows_ = std::max(partial_rows_, rows.blocks[last - 1].end - rows.blocks[first].begin);
     }
-    partial_rows_ = most_rows;
-    partial_ = buffer<S>(chunks * most_rows * partial_size());
-    for (int64_t first = 0; first < std::max<int64_t>(blocks, 1); first += kPartialBlocks) {
+    for (auto [gradient, partial] : {std::pair{p.da_gate_TKR, &da_gate_}, {p.da_up_TKR, &da_up_}}) {
+      if (gradient != nullptr) *partial = buffer<S>(chunks * partial_size());
+    }
+    dweight_ = buffer<S>(chunks * partial_rows_);
+    parallel_for(chunks, [&](int64_t chunk) { clear(chunk); });
+    for (int64_t first = 0; first < blocks; first += kPartialBlocks) {
       const int64_t last = std::min(blocks, first + kPartialBlocks);
+      first_row_ = rows.blocks[first].begin;
       parallel_for(chunks, [&](int64_t chunk) {
-        if (first == 0) clear(chunk);
-        for (int64_t i = first; i < last; ++i) {
-          block_rows(rows.blocks[i], chunk, rows.blocks[first].begin);
-        }
-        if (last == blocks) write(chunk);
+        for (int64_t i = first; i < last; ++i) block_rows(rows.blocks[i], chunk);
       });
-      if (first == last) break;
-      add_partials(rows.blocks[first].begin, rows.blocks[last - 1].end);
+      add_partials(rows.blocks[last - 1].end);
     }
+    parallel_for(chunks, [&](int64_t chunk) { write(chunk); });
     for (int64_t slot = 0; slot < p.tokens * p.slots; ++slot) {
       if (p.expert_TK[slot] < 0) put_zeros(slot);
     }
   }
 
  private:
-  S (*differentiate_row_)(RowGradient<S>, int64_t);
+  S (*differentiate_row_)(RowGradient<S>);
   Buffer<S> dz_NR_;
-  Buffer<S> b_gate_EFR_, b_up_EFR_, a_down_ERF_;     // in panels
-  Buffer<S> db_gate_EFR_, db_up_EFR_, da_down_EFR_;  // sums, in panels
-  Buffer<S> partial_;  // [chunk][row of some blocks][da_gate R, da_up R, dweight]
-  int64_t partial_rows_;
+  Buffer<S> b_gate_EFR_, b_up_EFR_, a_down_ERF_;     // matrices
+  Buffer<S> db_gate_EFR_, db_up_EFR_, da_down_EFR_;  // sums, as matrices
+  Buffer<S> da_gate_, da_up_, dweight_;  // chunk by chunk, of the rows from first_row_ on
+  int64_t first_row_ = 0, partial_rows_ = 0;
 
-  int64_t partial_size() const { return 2 * R + kWidth<S>; }
-
-  Buffer<S> panels_of_b(const void* b_EFR) const {
-    return this->panels(b_EFR, R, [&](const S* b_FR, int64_t chunk, S* dst) {
-      for (int64_t f = 0; f < this->real(chunk); ++f) {
-        copy_padded(b_FR + (chunk * kColumns + f) * p.rank, p.rank, R, dst + f * R);
-      }
-    });
-  }
+  int64_t partial_size() const { return rank_blocks * partial_rows_ * kRanks; }
 
   void clear(int64_t chunk) const {
     for (int64_t e = 0; e < p.experts; ++e) {
       for (S* sums : {db_gate_EFR_.get(), db_up_EFR_.get(), da_down_EFR_.get()}) {
         if (sums == nullptr) continue;
-        std::fill_n(sums + this->panel_at(e, chunk, R), kColumns * R, S(0));
+        std::fill_n(sums + this->matrix_at(e, chunk, 0), rank_blocks * kRanks * kColumns, S(0));
       }
       for (void* dscale : {p.dscale_gate_EF, p.dscale_up_EF}) {
         if (dscale == nullptr) continue;
@@ -122,27 +107,28 @@ class Backward : Glu<S> {
   }
 
   void write(int64_t chunk) const {
-    const S s = static_cast<S>(p.scaling);
-    const int64_t f0 = chunk * kColumns, n = this->real(chunk);
+    const int64_t f = chunk * kColumns, columns = this->real(chunk);
     for (int64_t e = 0; e < p.experts; ++e) {
-      const int64_t at = this->panel_at(e, chunk, R);
-      const auto put_b = [&](const Buffer<S>& sums, void* db_EFR) {
-        for (int64_t f = 0; db_EFR != nullptr && f < n; ++f) {
-          S* to = static_cast<S*>(db_EFR) + (e * p.ffn + f0 + f) * p.rank;
-          for (int64_t r = 0; r < p.rank; ++r) to[r] = s * sums[at + f * R + r];
-        }
-      };
-      put_b(db_gate_EFR_, p.db_gate_EFR);
-      put_b(db_up_EFR_, p.db_up_EFR);
-      if (!has_down) continue;
-      S* to = static_cast<S*>(p.da_down_ERF) + e * p.rank * p.ffn + f0;
-      transpose(&da_down_EFR_[at], n, p.rank, R, to, p.ffn);
+      for (int64_t block = 0; block < rank_blocks; ++block) {
+        const int64_t at = this->matrix_at(e, chunk, block), r = block * kRanks;
+        const int64_t ranks = this->real_ranks(block);
+        const auto put_b = [&](const Buffer<S>& sums, void* db_EFR) {
+          for (int64_t i = 0; db_EFR != nullptr && i < columns; ++i) {
+            S* to = static_cast<S*>(db_EFR) + (e * p.ffn + f + i) * p.rank + r;
+            std::copy_n(&sums[at + i * kRanks], ranks, to);
+          }
+        };
+        put_b(db_gate_EFR_, p.db_gate_EFR);
+        put_b(db_up_EFR_, p.db_up_EFR);
+        if (!has_down) continue;
+        S* to = static_cast<S*>(p.da_down_ERF) + (e * p.rank + r) * p.ffn + f;
+        transpose(&da_down_EFR_[at], columns, ranks, kRanks, to, p.ffn);
+      }
     }
   }
 
-  void block_rows(const Block& block, int64_t chunk, int64_t first_row) const {
-    const int64_t tile_size = kBackwardRows * kColumns, sums_size = block.tokens * kColumns;
-    const int64_t columns = this->whole_vectors(chunk);
+  void block_rows(const Block& block, int64_t chunk) const {
+    const int64_t tile_size = kTileRows * kColumns, sums_size = (block.tokens + 1) * kColumns;
     const auto buffers = buffer<S>(5 * tile_size + kColumns + 2 * sums_size);
     S *gate = buffers.get(), *up = gate + tile_size, *h = up + tile_size, *dhbar = h + tile_size;
     S *gate_before = dhbar + kColumns, *up_before = gate_before + tile_size;
@@ -150,41 +136,36 @@ class Backward : Glu<S> {
     std::fill(dgate, dgate + 2 * sums_size, S(0));
     for (const Tile& tile : block.tiles) {
       const int64_t M = tile.end - tile.begin, e = tile.expert;
-      S* partials =
-          partial_.get() + (chunk * partial_rows_ + tile.begin - first_row) * partial_size();
       this->side_rows(this->gate, tile, chunk, gate, gate_before);
       this->side_rows(this->up, tile, chunk, up, up_before);
-      std::fill(h, h + M * kColumns, S(0));
+      const auto nothing = [&](int64_t) { return this->zeros; };
       if (has_down) {
-        panel<S>({&dz_NR_[tile.begin * R], R, 1},
-                 &a_down_ERF_[this->panel_at(e, chunk, p.rank)],
-                 kColumns,
-                 M,
-                 p.rank,
-                 columns,
-                 h,
-                 kColumns);
+        const S* a_RF = &a_down_ERF_[this->matrix_at(e, chunk, 0)];
+        this->expand_tile(tile, dz_NR_.get(), a_RF, nothing, h);
+      } else {
+        std::fill(h, h + M * kColumns, S(0));
       }
       for (int64_t m = 0; m < M; ++m) {
-        const int64_t slot = rows.slot_N[tile.begin + m], at = m * kColumns;
+        const int64_t n = tile.begin + m, at = m * kColumns;
         const bool drops = has_down && p.dropout > 0;
-        if (drops) this->drop(h + at, slot, chunk);
-        const S* dhbar_m = this->chunk_of(p.dhbar_TF, slot / p.slots, chunk, dhbar);
-        S* dweight = partials + m * partial_size() + 2 * R;
-        *dweight =
-            differentiate_row_({gate + at, up + at, h + at, dhbar_m, weight_TK[slot]}, columns);
-        if (drops) this->drop(h + at, slot, chunk);
+        if (drops) this->drop(h + at, n, chunk);
+        const S* dhbar_m = this->chunk_of(p.dhbar_TF, n, chunk, dhbar);
+        dweight_[chunk * partial_rows_ + n - first_row_] =
+            differentiate_row_({gate + at, up + at, h + at, dhbar_m, this->weight_of(n)});
+        if (drops) this->drop(h + at, n, chunk);
       }
       unscale(this->gate, tile, chunk, gate_before, gate, p.dscale_gate_EF);
       unscale(this->up, tile, chunk, up_before, up, p.dscale_up_EF);
       for (int64_t m = 0; m < M; ++m) {
         const int64_t place = rows.place_N[tile.begin + m] * kColumns;
-        add_row(gate + m * kColumns, dgate + place, columns);
-        add_row(up + m * kColumns, dup + place, columns);
+        add_row(gate + m * kColumns, dgate + place);
+        add_row(up + m * kColumns, dup + place);
       }
-      adapter(this->gate, tile, chunk, gate, b_gate_EFR_, partials, db_gate_EFR_);
-      adapter(this->up, tile, chunk, up, b_up_EFR_, partials + R, db_up_EFR_);
-      if (has_down) add_products(tile, chunk, h, dz_NR_, da_down_EFR_);
+      adapter(this->gate, tile, chunk, gate, b_gate_EFR_, da_gate_, db_gate_EFR_);
+      adapter(this->up, tile, chunk, up, b_up_EFR_, da_up_, db_up_EFR_);
+      if (has_down) {
+        this->add_outer(tile, h, dz_NR_.get(), &da_down_EFR_[this->matrix_at(e, chunk, 0)]);
+      }
     }
     for (int64_t i = 0; i < block.tokens; ++i) {
       const int64_t t = p.token_order_T[block.first_token + i];
@@ -212,65 +193,53 @@ class Backward : Glu<S> {
     }
   }
 
-  // da = B^T dy and dB += dy a^T, the scaling apart.
+  // da = B^T dy, s apart, and dB += dy (s a)^T.
   void adapter(const Side<S>& side,
                const Tile& tile,
                int64_t chunk,
                const S* dy,
                const Buffer<S>& b_EFR,
-               S* da,
+               const Buffer<S>& da,
                const Buffer<S>& db_EFR) const {
     if (side.a_NR == nullptr) return;
-    const int64_t M = tile.end - tile.begin;
-    for (int64_t m = 0; m < M; ++m) std::fill_n(da + m * partial_size(), R, S(0));
-    panel<S>({dy, kColumns, 1},
-             &b_EFR[this->panel_at(tile.expert, chunk, R)],
-             R,
-             M,
-             this->real(chunk),
-             R,
-             da,
-             partial_size());
-    add_products(tile, chunk, dy, side.a_NR, db_EFR);
+    const int64_t at = this->matrix_at(tile.expert, chunk, 0);
+    const int64_t rows_size = (tile.end - tile.begin) * kRanks, stride = partial_rows_ * kRanks;
+    S* da_tile = &da[chunk * partial_size() + (tile.begin - first_row_) * kRanks];
+    for (int64_t block = 0; block < rank_blocks; ++block) {
+      std::fill_n(da_tile + block * stride, rows_size, S(0));
+    }
+    this->shrink_tile(tile, dy, &b_EFR[at], da_tile, stride);
+    this->add_outer(tile, dy, side.a_NR.get(), &db_EFR[at]);
   }
 
-  // sums [F, R] += y^T x
-  void add_products(const Tile& tile,
-                    int64_t chunk,
-                    const S* y,
-                    const Buffer<S>& x_NR,
-                    const Buffer<S>& sums_EFR) const {
-    panel<S>({y, 1, kColumns},
-             &x_NR[tile.begin * R],
-             R,
-             this->real(chunk),
-             tile.end - tile.begin,
-             R,
-             sums_EFR.get() + this->panel_at(tile.expert, chunk, R),
-             R);
-  }
-
-  // Rows [begin, end): their sums over F.
-  void add_partials(int64_t begin, int64_t end) const {
+  // Of rows first_row_ .. end - 1: their sums over F.
+  void add_partials(int64_t end) const {
     const S s = static_cast<S>(p.scaling);
-    parallel_chunks(
-        end - begin, rows_per_chunk(chunks * partial_size()), [&](int64_t i0, int64_t i1) {
-          std::vector<S> total(partial_size());
-          for (int64_t i = i0; i < i1; ++i) {
-            const int64_t slot = rows.slot_N[begin + i];
-            std::fill(total.begin(), total.end(), S(0));
-            for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-              const S* more = &partial_[(chunk * partial_rows_ + i) * partial_size()];
-              for (int64_t at = 0; at <= 2 * R; ++at) total[at] += more[at];
-            }
-            static_cast<S*>(p.dweight_TK)[slot] = total[2 * R];
-            for (int64_t r = 0; r < p.rank; ++r) {
-              const int64_t at = slot * p.rank + r;
-              if (p.da_gate_TKR != nullptr) static_cast<S*>(p.da_gate_TKR)[at] = s * total[r];
-              if (p.da_up_TKR != nullptr) static_cast<S*>(p.da_up_TKR)[at] = s * total[R + r];
-            }
+    const auto add_row = [&](int64_t row, int64_t slot) {
+      S dweight = 0;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        dweight += dweight_[chunk * partial_rows_ + row];
+      }
+      static_cast<S*>(p.dweight_TK)[slot] = dweight;
+      for (auto [partial, da_TKR] :
+           {std::pair{da_gate_.get(), p.da_gate_TKR}, {da_up_.get(), p.da_up_TKR}}) {
+        for (int64_t block = 0; da_TKR != nullptr && block < rank_blocks; ++block) {
+          S total[kRanks] = {};
+          const S* more = partial + (block * partial_rows_ + row) * kRanks;
+          for (int64_t chunk = 0; chunk < chunks; ++chunk, more += partial_size()) {
+            for (int64_t r = 0; r < kRanks; ++r) total[r] += more[r];
           }
-        });
+          S* to = static_cast<S*>(da_TKR) + slot * p.rank + block * kRanks;
+          for (int64_t r = 0; r < this->real_ranks(block); ++r) to[r] = s * total[r];
+        }
+      }
+    };
+    const int64_t size = rows_per_chunk(chunks * (2 * p.rank + 1));
+    parallel_chunks(end - first_row_, size, [&](int64_t i0, int64_t i1) {
+      for (int64_t i = i0; i < i1; ++i) {
+        if (const int64_t slot = rows.slot_N[first_row_ + i]; slot >= 0) add_row(i, slot);
+      }
+    });
   }
 
   void put_zeros(int64_t slot) const {
@@ -283,9 +252,6 @@ class Backward : Glu<S> {
 
 }  // namespace
 
-void shared_glu_backward_cpu(const SharedGluParams& p) {
-  if (p.dtype == GluDtype::kDouble) return Backward<double>(p).run();
-  Backward<float>(p).run();
-}
+void shared_glu_backward_cpu(const SharedGluParams& p) { run_glu<Backward>(p); }
 
 }  // namespace mixlora::MIXLORA_ISA
