@@ -231,7 +231,7 @@ class Glu {
   }
 
   void drop(S* x, int64_t slot, int64_t chunk) const {
-    philox_dropout(x, whole_vectors(chunk), p.seed, slot, chunk * kColumns, p.dropout);
+    philox_dropout(x, real(chunk), p.seed, slot, chunk * kColumns, p.dropout, x);
   }
 };
 
