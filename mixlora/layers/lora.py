@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.graph import saved_tensors_hooks
 
 from mixlora.layers.context import ForwardContext, Span
 from mixlora.ops import dropout, linear
@@ -134,12 +134,22 @@ def of_dropped(function: Callable[..., Any], p: float, x: Tensor, *arguments: An
         return function(x, *arguments)
     seed = draw_seed(x.device)
 
-    def drop(x: Tensor, *arguments: Any) -> Any:
-        dropped = dropout(x.flatten(0, -2), p, seed).view_as(x)
-        return function(dropped, *arguments)
+    def drop(x: Tensor) -> Tensor:
+        return dropout(x.flatten(0, -2), p, seed)
 
-    options = {"use_reentrant": False, "preserve_rng_state": False}
-    return checkpoint(drop, x, *arguments, **options)
+    dropped = drop(x)
+
+    def pack(kept: Tensor) -> Tensor | Callable[[], Tensor]:
+        if kept.data_ptr() != dropped.data_ptr():
+            return kept
+        size, stride, source = kept.size(), kept.stride(), x.detach()
+        return lambda: drop(source).as_strided(size, stride)
+
+    def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
+        return kept() if callable(kept) else kept
+
+    with saved_tensors_hooks(pack, unpack):
+        return function(dropped.view_as(x), *arguments)
 
 
 def rescale(y_NO: Tensor, delta_NO: Tensor, scale_NO: Tensor, base: Linear) -> Tensor:
