@@ -31,6 +31,9 @@ STABLE_TORCH_LIBRARY(mixlora, m) {
       "topk_router_backward(Tensor dweight_TK, Tensor dprob_E, Tensor dz, Tensor logits_TE, "
       "Tensor expert_TK, Tensor? mask_T) -> Tensor");
 
+  // Rows with a mask that is drawn from the seed again wherever it is asked for.
+  m.def("dropout(Tensor x_ND, float p, Tensor seed) -> Tensor");
+
   // A of each slot's expert; and B A of rows sorted by group.
   m.def(
       "grouped_shrink(Tensor x_TI, Tensor lora_a_ERI, Tensor expert_TK, Tensor expert_start_E1, "

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/parallel.h"
+#include "dropout/dropout.h"
 #include "grouped_lora/grouped_lora.h"
 #include "grouped_shrink/grouped_shrink.h"
 #include "moe_gather/moe_gather.h"
@@ -122,6 +123,16 @@ void check_moe_sort() {
 
 void check_rows(const Plan& plan) {
   const auto x_TD = normal<float>(T * D), y_ND = normal<float>(N * D), weight_TK = normal<float>(N);
+  check<float>("dropout", [&](const auto& out) {
+    CPU_KERNEL(dropout_cpu)
+    ({.x_ND = x_TD.data(),
+      .y_ND = out(T * D),
+      .N = T,
+      .D = D,
+      .seed = 5,
+      .p = 0.1,
+      .dtype = Dtype::kFloat32});
+  });
   check<float>("moe_gather", [&](const auto& out) {
     CPU_KERNEL(moe_gather_cpu)
     ({.x_TD = reinterpret_cast<const char*>(x_TD.data()),

@@ -8,13 +8,16 @@ they compute in the dtype of x.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from mixlora.layers.context import ForwardContext, Span
-from mixlora.ops import linear
+from mixlora.ops import dropout, linear
+from mixlora.ops.philox import draw_seed
 
 
 class Linear(nn.Module):
@@ -115,13 +118,38 @@ class Lora(LoraPair):
     def forward(
         self, x_BSI: Tensor, y_BSO: Tensor, base: Linear, context: ForwardContext, span: Span
     ) -> Tensor:
-        x_BSI = F.dropout(x_BSI, self.dropout, self.training)
-        a_BSR = linear(x_BSI, self.lora_A.to(x_BSI.dtype))
+        p = self.dropout if self.training else 0.0
+        a_BSR = of_dropped(linear, p, x_BSI, self.lora_A.to(x_BSI.dtype))
         delta_BSO = linear(a_BSR * self.scaling, self.lora_B.to(x_BSI.dtype))
         scale_O = self.dora_scale(base)
         return (
             y_BSO.add_(delta_BSO) if scale_O is None else rescale(y_BSO, delta_BSO, scale_O, base)
         )
+
+
+def of_dropped(function: Callable[..., Any], p: float, x: Tensor, *arguments: Any) -> Any:
+    """function(dropout(x), ...). What is kept for backward is x, which others keep anyway: its
+    dropout is drawn again."""
+    if not p:
+        return function(x, *arguments)
+    seed = draw_seed(x.device)
+
+    def drop(x: Tensor) -> Tensor:
+        return dropout(x.flatten(0, -2), p, seed)
+
+    dropped = drop(x)
+
+    def pack(kept: Tensor) -> Tensor | Callable[[], Tensor]:
+        if kept.data_ptr() != dropped.data_ptr():
+            return kept
+        size, stride, source = kept.size(), kept.stride(), x.detach()
+        return lambda: drop(source).as_strided(size, stride)
+
+    def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
+        return kept() if callable(kept) else kept
+
+    with saved_tensors_hooks(pack, unpack):
+        return function(dropped.view_as(x), *arguments)
 
 
 def rescale(y_NO: Tensor, delta_NO: Tensor, scale_NO: Tensor, base: Linear) -> Tensor:

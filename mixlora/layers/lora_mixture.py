@@ -7,11 +7,10 @@
 The second line is two products of rank E R, whatever the routing.
 """
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from mixlora.layers.context import ForwardContext, Span
-from mixlora.layers.lora import Linear, LoraPair
+from mixlora.layers.lora import Linear, LoraPair, of_dropped
 from mixlora.layers.router import Router
 from mixlora.ops import linear
 
@@ -29,8 +28,8 @@ class LoraMixture(LoraPair):
         context.routing.setdefault((span, self), routing)
         weight_TE = routing.weight_TK.new_zeros(len(x_TI), len(self.lora_A))
         weight_TE = weight_TE.scatter(1, routing.expert_TK.long(), routing.weight_TK)
-        x_TI = F.dropout(x_TI, self.dropout, self.training)
-        a_TER = linear(x_TI, self.lora_A.to(x_TI.dtype).flatten(0, 1))
+        p = self.dropout if self.training else 0.0
+        a_TER = of_dropped(linear, p, x_TI, self.lora_A.to(x_TI.dtype).flatten(0, 1))
         a_TER = a_TER.unflatten(1, self.lora_A.shape[:2])
         a_TER = a_TER * (self.scaling * weight_TE[..., None]).to(x_TI.dtype)
         b_OER = self.lora_B.to(x_TI.dtype).transpose(0, 1)

@@ -11,17 +11,17 @@ import itertools
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mixlora.layers.context import ForwardContext, Span
-from mixlora.layers.lora import Linear, LoraPair, rescale
+from mixlora.layers.lora import Linear, LoraPair, of_dropped, rescale
 from mixlora.layers.router import Router
 from mixlora.ops import (
     ACTIVATIONS,
     Plan,
     Routing,
+    dropout,
     grouped_shrink,
     linear,
     moe_gather,
@@ -29,6 +29,7 @@ from mixlora.ops import (
     moe_sort,
     shared_glu,
 )
+from mixlora.ops.philox import draw_seed
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 Finish = Callable[[Tensor], Tensor]  # W2 h + b2, rows as in h -> y_TD
@@ -131,30 +132,29 @@ class MixLora(nn.Module):
 
     def _shrink(self, x_TD: Tensor, plan: Plan) -> list[Tensor | None]:
         """A1 x and A3 x, for the experts of each token."""
-        dropout = self.dropout if self.training else 0.0
+        p = self.dropout if self.training else 0.0
         pairs = self.gate_proj, self.up_proj
-        if self.dropout_masks == "shared" or not dropout:
-            x_TD = F.dropout(x_TD, dropout)
-            return [p and grouped_shrink(x_TD, p.lora_A.to(x_TD.dtype), plan) for p in pairs]
+        lora_as = [pair and pair.lora_A.to(x_TD.dtype) for pair in pairs]
+        if self.dropout_masks == "shared" or not p:
+            return of_dropped(shrink_all, p, x_TD, plan, *lora_as)
         rows, x_ND = rows_as_tokens(plan), moe_gather(x_TD, plan)
-        a_N1R = [
-            p and grouped_shrink(F.dropout(x_ND, dropout), p.lora_A.to(x_ND.dtype), rows)
-            for p in pairs
-        ]
         row_TK = plan.slot_row_TK.clamp_min(0).long()
-        return [None if a is None else a[row_TK, 0] for a in a_N1R]
+        return [
+            None if a is None else of_dropped(grouped_shrink, p, x_ND, a, rows)[row_TK, 0]
+            for a in lora_as
+        ]
 
     def _hidden(
         self, ffn, gate_TF, up_TF, a_gate_TKR, a_up_TKR, plan, weight_TK
     ) -> tuple[Tensor, Tensor | None]:
         """sum_k g_k h_k [T, F], and A2 h_k [T, K, R]."""
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        dropout = self.dropout if self.training else 0.0
-        seed = torch.randint(2**62, (), device=gate_TF.device) if dropout else None
+        p = self.dropout if self.training else 0.0
+        seed = draw_seed(gate_TF.device) if p else None
         return shared_glu(
             *(gate_TF, up_TF, a_gate_TKR, a_up_TKR),
             *(gate and gate.lora_B, up and up.lora_B, down and down.lora_A),
-            *(plan, weight_TK, self.scaling, self.act, dropout, seed),
+            *(plan, weight_TK, self.scaling, self.act, p, seed),
             scale_gate_EF=gate and gate.dora_scale(ffn.gate_proj),
             scale_up_EF=up and up.dora_scale(ffn.up_proj),
             bias_gate_F=ffn.gate_proj.bias,
@@ -207,7 +207,12 @@ class MixLora(nn.Module):
     def _with_skipped(self, y_TD: Tensor, x_TD: Tensor, skip_T: Tensor | None) -> Tensor:
         if skip_T is not None:
             y_TD = y_TD + skip_T[:, None].to(x_TD.dtype) * x_TD
-        return F.dropout(y_TD, getattr(self.moe_gate, "ffn_dropout", 0.0), self.training)
+        p = getattr(self.moe_gate, "ffn_dropout", 0.0) if self.training else 0.0
+        return dropout(y_TD, p, draw_seed(y_TD.device)) if p else y_TD
+
+
+def shrink_all(x_TD: Tensor, plan: Plan, *lora_as: Tensor | None) -> list[Tensor | None]:
+    return [None if a is None else grouped_shrink(x_TD, a, plan) for a in lora_as]
 
 
 def rows_as_tokens(plan: Plan) -> Plan:

@@ -8,6 +8,7 @@ except ImportError as error:
     raise ImportError(f"mixlora._C cannot be loaded, run `make kernels` ({error})") from None
 
 from mixlora.ops._switch import reference, use_reference
+from mixlora.ops.dropout import dropout, dropout_ref
 from mixlora.ops.grouped_lora import grouped_lora, grouped_lora_ref
 from mixlora.ops.grouped_shrink import grouped_shrink, grouped_shrink_ref
 from mixlora.ops.linear import linear, linear_ref
@@ -21,6 +22,8 @@ __all__ = [
     "ACTIVATIONS",
     "Plan",
     "Routing",
+    "dropout",
+    "dropout_ref",
     "grouped_lora",
     "grouped_lora_ref",
     "grouped_shrink",

@@ -12,6 +12,11 @@ from torch import Tensor
 LOW = 0xFFFFFFFF
 
 
+def draw_seed(device: torch.device) -> Tensor:
+    """From torch's generator: `torch.manual_seed` and a restored state give it again."""
+    return torch.randint(2**62, (), device=device)
+
+
 def philox(counter: list[Tensor], seed: Tensor) -> list[Tensor]:
     """Four random 32-bit words (in int64) for each counter of four 32-bit words (in int64)."""
     c0, c1, c2, c3 = counter

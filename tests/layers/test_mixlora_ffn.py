@@ -14,6 +14,7 @@ from mixlora.layers.context import ForwardContext, Span
 from mixlora.layers.lora import Lora
 from mixlora.layers.mixlora_ffn import PROJECTIONS, FeedForward, MixLora
 from mixlora.layers.router import ROUTERS
+from mixlora.ops.philox import keep_mask
 from tests.numerics import assert_close
 from tests.tiny import MIXLORA, add_filled, fill, normal, padded, some_tokens, tiny_model
 
@@ -217,11 +218,6 @@ def test_dropout_keeps_the_mean_of_what_is_linear_in_it() -> None:
     assert_close(mean_SD, wanted_SD, rel=0.05)
 
 
-def drawn(x: Tensor, p: float, seed: int) -> Tensor:
-    keep = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)) >= p
-    return keep.to(x.dtype) / (1 - p)
-
-
 @pytest.mark.parametrize("masks", ["shared", "independent"])
 def test_dropout_masks(monkeypatch, masks: str) -> None:
     """One mask per token on the input of A1 and A3, or one for each A of each expert."""
@@ -231,13 +227,11 @@ def test_dropout_masks(monkeypatch, masks: str) -> None:
     x_BSD = normal(2, 9, D)
     seen = []
 
-    def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
-        if not p:
-            return x
-        seen.append(drawn(x, p, len(seen)))
-        return x * seen[-1]
+    def dropout(x_ND: Tensor, p: float, seed: Tensor) -> Tensor:
+        seen.append(keep_mask(seed, torch.arange(len(x_ND)), D, p).double() / (1 - p))
+        return ops.dropout(x_ND, p, seed)
 
-    monkeypatch.setattr(F, "dropout", dropout)
+    monkeypatch.setattr("mixlora.layers.lora.dropout", dropout)
     of = context(x_BSD)
     y_BSD = ffn(x_BSD, of)
     mixture, (routing,) = ffn.mixtures["m"], of.routing.values()

@@ -12,6 +12,7 @@ from mixlora.adapters import adapter_parameters
 from mixlora.layers.context import ForwardContext, Span
 from mixlora.layers.lora import Linear, LoraPair
 from mixlora.layers.mixlora_ffn import PROJECTIONS, FeedForward
+from mixlora.ops.philox import draw_seed
 from tests.numerics import assert_close
 from tests.tiny import MIXLORA, add_filled, fill, normal, padded, some_tokens, tiny_model
 
@@ -312,6 +313,41 @@ def test_dropout_of_plugged_mixtures_is_in_training_alone(strategy: str) -> None
     assert not torch.equal(first, second)
     first, second = (block.eval().ffn(x_BSD, context(x_BSD)) for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_dropout_keeps_seeds_alone(kind: dict) -> None:
+    """No mask and no dropped copy of anything."""
+
+    def kept(p: float) -> int:
+        model, tensors = tiny_model().train(), []
+        add_filled(model, lora_dropout=p, **kind)
+        known = {x.data_ptr() for x in model.parameters()}
+        hooks = lambda x: tensors.append(x) or x, lambda x: x
+        with torch.autograd.graph.saved_tensors_hooks(*hooks):
+            model(some_tokens(3, 7))
+        sizes = {x.data_ptr(): x.numel() for x in tensors if x.dim() and x.data_ptr() not in known}
+        return sum(sizes.values())
+
+    assert kept(0.3) <= kept(0.0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_every_mask_has_a_seed_of_its_own(kind: dict, monkeypatch) -> None:
+    model, seeds = tiny_model().train(), []
+    add_filled(model, lora_dropout=0.3, **kind)
+
+    def draw(device: torch.device) -> Tensor:
+        seeds.append(draw_seed(device))
+        return seeds[-1]
+
+    for module in ("lora", "mixlora_ffn"):
+        monkeypatch.setattr(f"mixlora.layers.{module}.draw_seed", draw)
+    for _ in range(2):
+        model(some_tokens(3, 7))
+    assert len(seeds) >= 2 * 2 * 2  # forwards, layers, masks
+    assert len({int(seed) for seed in seeds}) == len(seeds)
 
 
 @torch.no_grad()
