@@ -8,6 +8,14 @@ namespace {
 // Tokens whose sums are in the making together: a panel of them stays in a level-2 cache.
 constexpr int64_t kTokens = 512;
 
+constexpr int64_t kLittle = 1 << 18;  // multiplications that do not pay for waking a thread
+
+// Calls body(i) once for each i in [0, count).
+void for_items(const GroupedShrinkParams& p, int64_t count, const auto& body) {
+  if (p.expert_start_E1[p.E] * p.R * p.I > kLittle) return parallel_for(count, body);
+  for (int64_t i = 0; i < count; ++i) body(i);
+}
+
 int64_t num_panels(int64_t features) { return (features + kPanelColumns - 1) / kPanelColumns; }
 
 // Features [i, i + columns) of every rank of expert e, as if w were not transposed.
@@ -44,7 +52,7 @@ void shrink_rows(const GroupedShrinkParams& p, const auto* w_ERI) {
   const T* x_TI = static_cast<const T*>(p.x_TI);
   T* a_TKR = static_cast<T*>(p.result);
   const auto blocks = row_blocks(p.expert_start_E1, p.E);
-  parallel_for(blocks.size(), [&](int64_t i) {
+  for_items(p, blocks.size(), [&](int64_t i) {
     const auto [expert, begin, end] = blocks[i];
     const int64_t rows = end - begin;
     const T* x_N[kBlockRows];
@@ -66,7 +74,7 @@ std::unique_ptr<Wide<T>[]> turned(const GroupedShrinkParams& p) {
   const WeightPanel<T> w{static_cast<const T*>(p.w), true, p.R, p.I};
   auto w_ERI = std::make_unique_for_overwrite<Wide<T>[]>(p.E * p.R * p.I);
   const int64_t panels = num_panels(p.I);
-  parallel_for(p.E * panels, [&](int64_t item) {
+  for_items(p, p.E * panels, [&](int64_t item) {
     const int64_t e = item / panels, i = item % panels * kPanelColumns;
     if (p.expert_start_E1[e] == p.expert_start_E1[e + 1]) return;
     const int64_t columns = std::min<int64_t>(kPanelColumns, p.I - i);
@@ -83,7 +91,7 @@ void expand_rows(const GroupedShrinkParams& p) {
   T* x_TI = static_cast<T*>(p.result);
   const std::vector<S> a_NR = rows_of_a<T>(p);
   const int64_t panels = num_panels(p.I), chunks = (p.T + kTokens - 1) / kTokens;
-  parallel_for(chunks * panels, [&](int64_t item) {
+  for_items(p, chunks * panels, [&](int64_t item) {
     const int64_t t0 = item / panels * kTokens, t1 = std::min(p.T, t0 + kTokens);
     const int64_t i = item % panels * kPanelColumns;
     const int64_t columns = std::min<int64_t>(kPanelColumns, p.I - i);
@@ -126,7 +134,7 @@ void outer(const GroupedShrinkParams& p) {
   T* w = static_cast<T*>(p.result);
   const std::vector<Wide<T>> a_NR = rows_of_a<T>(p);
   const int64_t panels = num_panels(p.I);
-  parallel_for(p.E * panels, [&](int64_t item) {
+  for_items(p, p.E * panels, [&](int64_t item) {
     const int64_t e = item / panels, i = item % panels * kPanelColumns;
     const int64_t columns = std::min<int64_t>(kPanelColumns, p.I - i);
     const int64_t begin = p.expert_start_E1[e], end = p.expert_start_E1[e + 1];
