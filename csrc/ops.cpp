@@ -34,14 +34,12 @@ STABLE_TORCH_LIBRARY(mixlora, m) {
   // Rows with a mask that is drawn from the seed again wherever it is asked for.
   m.def("dropout(Tensor x_ND, float p, Tensor seed) -> Tensor");
 
-  // A of each slot's expert; and B A of rows sorted by group.
-  m.def(
-      "grouped_shrink(Tensor x_TI, Tensor lora_a_ERI, Tensor expert_TK, Tensor expert_start_E1, "
-      "Tensor row_slot_N, Tensor token_order_T) -> Tensor");
-  m.def(
-      "grouped_shrink_backward(Tensor da_TKR, Tensor x_TI, Tensor lora_a_ERI, Tensor expert_TK, "
-      "Tensor expert_start_E1, Tensor row_slot_N, Tensor token_order_T) -> "
-      "(Tensor dx_TI, Tensor dlora_a_ERI)");
+  // The matrix of each slot's expert, its transpose, and that matrix's gradient; and B A of rows
+  // sorted by group.
+#define PLAN "bool transposed, Tensor expert_TK, Tensor expert_start_E1, Tensor row_slot_N"
+  m.def("grouped_shrink(Tensor x_TI, Tensor w, " PLAN ") -> Tensor");
+  m.def("grouped_expand(Tensor a_TKR, Tensor w, " PLAN ") -> Tensor");
+  m.def("grouped_outer(Tensor a_TKR, Tensor x_TI, " PLAN ") -> Tensor");
   m.def(
       "grouped_lora(Tensor x_NI, Tensor lora_a_GRI, Tensor lora_b_GOR, Tensor group_start_G1, "
       "float scaling) -> Tensor");

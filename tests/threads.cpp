@@ -209,41 +209,34 @@ void check_router() {
 }
 
 void check_grouped(const Plan& plan) {
-  const auto x_TI = normal<float>(T * I), lora_a_ERI = normal<float>(E * R * I),
-             da_TKR = normal<float>(N * R);
-  check<float>("grouped_shrink", [&](const auto& out) {
-    CPU_KERNEL(grouped_shrink_cpu)
-    ({.x_TI = x_TI.data(),
-      .lora_a_ERI = lora_a_ERI.data(),
-      .expert_TK = plan.expert_TK.data(),
-      .expert_start_E1 = plan.expert_start_E1.data(),
-      .row_slot_N = plan.row_slot_N.data(),
-      .a_TKR = out(N * R),
-      .T = T,
-      .K = K,
-      .E = E,
-      .R = R,
-      .I = I,
-      .dtype = Dtype::kFloat32});
-  });
-  check<float>("grouped_shrink_backward", [&](const auto& out) {
-    CPU_KERNEL(grouped_shrink_backward_cpu)
-    ({.da_TKR = da_TKR.data(),
-      .x_TI = x_TI.data(),
-      .lora_a_ERI = lora_a_ERI.data(),
-      .expert_TK = plan.expert_TK.data(),
-      .expert_start_E1 = plan.expert_start_E1.data(),
-      .row_slot_N = plan.row_slot_N.data(),
-      .token_order_T = plan.token_order_T.data(),
-      .dx_TI = out(T * I),
-      .dlora_a_ERI = out(E * R * I),
-      .T = T,
-      .K = K,
-      .E = E,
-      .R = R,
-      .I = I,
-      .dtype = Dtype::kFloat32});
-  });
+  const auto x_TI = normal<float>(T * I), w = normal<float>(E * R * I),
+             a_TKR = normal<float>(N * R);
+  for (const bool transposed : {false, true}) {
+    const GroupedShrinkParams p = {.x_TI = x_TI.data(),
+                                   .w = w.data(),
+                                   .a_TKR = a_TKR.data(),
+                                   .expert_TK = plan.expert_TK.data(),
+                                   .expert_start_E1 = plan.expert_start_E1.data(),
+                                   .row_slot_N = plan.row_slot_N.data(),
+                                   .T = T,
+                                   .K = K,
+                                   .E = E,
+                                   .R = R,
+                                   .I = I,
+                                   .transposed = transposed,
+                                   .dtype = Dtype::kFloat32};
+    const auto into = [&](void* result) {
+      GroupedShrinkParams with_result = p;
+      with_result.result = result;
+      return with_result;
+    };
+    check<float>("grouped_shrink",
+                 [&](const auto& out) { CPU_KERNEL(grouped_shrink_cpu)(into(out(N * R))); });
+    check<float>("grouped_expand",
+                 [&](const auto& out) { CPU_KERNEL(grouped_expand_cpu)(into(out(T * I))); });
+    check<float>("grouped_outer",
+                 [&](const auto& out) { CPU_KERNEL(grouped_outer_cpu)(into(out(E * R * I))); });
+  }
 
   // Empty groups, groups of few rows, and rows of no group.
   const Numbers<int32_t> start_G1 = {0, 0, 3, 1001, 1002, 1002, 1499};

@@ -26,35 +26,38 @@ inline PlanRows check_plan(const char* op, const Tensor& row_slot_N, const Tenso
 }
 
 struct PlanExperts {
-  Tensor expert_TK, expert_start_E1, row_slot_N, token_order_T;
+  Tensor expert_TK, expert_start_E1, row_slot_N;
   int64_t T, K, E;
 };
 
 inline PlanExperts check_plan_experts(const char* op,
                                       const Tensor& expert_TK,
                                       const Tensor& expert_start_E1,
-                                      const Tensor& row_slot_N,
-                                      const Tensor& token_order_T) {
+                                      const Tensor& row_slot_N) {
   CHECK_DTYPE(op, expert_TK, Int);
   CHECK_DTYPE(op, expert_start_E1, Int);
   CHECK_DTYPE(op, row_slot_N, Int);
-  CHECK_DTYPE(op, token_order_T, Int);
   CHECK_DIMS(op, expert_TK, T, K);
   CHECK_DIMS(op, expert_start_E1, E1);
   const int64_t T = expert_TK.size(0), K = expert_TK.size(1), N = T * K;
   CHECK_SHAPE(op, row_slot_N, N);
-  CHECK_SHAPE(op, token_order_T, T);
   PlanExperts plan{torch::stable::contiguous(expert_TK),
                    torch::stable::contiguous(expert_start_E1),
                    torch::stable::contiguous(row_slot_N),
-                   torch::stable::contiguous(token_order_T),
                    T,
                    K,
                    expert_start_E1.size(0) - 1};
   const int64_t rows = check_starts(op, "expert_start_E1", plan.expert_start_E1, N);
   check_indices(op, "expert_TK", plan.expert_TK, -1, plan.E);
   check_indices(op, "row_slot_N", torch::stable::narrow(plan.row_slot_N, 0, 0, rows), 0, N);
-  check_indices(op, "token_order_T", plan.token_order_T, 0, T);
+  const int32_t *start_E1 = plan.expert_start_E1.const_data_ptr<int32_t>(),
+                *slot_N = plan.row_slot_N.const_data_ptr<int32_t>();
+  for (int64_t e = 0; e < plan.E; ++e) {
+    CHECK(op,
+          std::is_sorted(slot_N + start_E1[e], slot_N + start_E1[e + 1]),
+          "row_slot_N must ascend among the rows of expert ",
+          e);
+  }
   return plan;
 }
 

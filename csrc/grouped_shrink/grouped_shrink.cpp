@@ -3,103 +3,112 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <tuple>
-
 #include "common/check.h"
 #include "common/plan.h"
 
 namespace mixlora {
 namespace {
 
-struct Sizes {
-  int64_t R, I;
-  Dtype dtype;
-};
+void check_w(const char* op, const Tensor& w, int64_t E, int64_t R, int64_t I, bool transposed) {
+  if (transposed) {
+    CHECK_SHAPE(op, w, E, I, R);
+  } else {
+    CHECK_SHAPE(op, w, E, R, I);
+  }
+}
 
-Sizes check_inputs(const char* op,
-                   const Tensor& x_TI,
-                   const Tensor& lora_a_ERI,
-                   const PlanExperts& plan) {
-  const Dtype dtype = FLOAT_DTYPE(op, x_TI);
-  check_dtype(op, "lora_a_ERI", lora_a_ERI, x_TI.scalar_type());
-  CHECK_DIMS(op, x_TI, T, I);
-  CHECK_DIMS(op, lora_a_ERI, E, R, I);
-  const int64_t T = plan.T, E = plan.E, R = lora_a_ERI.size(1), I = x_TI.size(1);
-  CHECK_SHAPE(op, x_TI, T, I);
-  CHECK_SHAPE(op, lora_a_ERI, E, R, I);
-  return {R, I, dtype};
+GroupedShrinkParams params(
+    const PlanExperts& plan, int64_t R, int64_t I, bool transposed, Dtype dtype) {
+  return {.expert_TK = plan.expert_TK.const_data_ptr<int32_t>(),
+          .expert_start_E1 = plan.expert_start_E1.const_data_ptr<int32_t>(),
+          .row_slot_N = plan.row_slot_N.const_data_ptr<int32_t>(),
+          .T = plan.T,
+          .K = plan.K,
+          .E = plan.E,
+          .R = R,
+          .I = I,
+          .transposed = transposed,
+          .dtype = dtype};
 }
 
 Tensor grouped_shrink(const Tensor& x_TI,
-                      const Tensor& lora_a_ERI,
+                      const Tensor& w,
+                      bool transposed,
                       const Tensor& expert_TK,
                       const Tensor& expert_start_E1,
-                      const Tensor& row_slot_N,
-                      const Tensor& token_order_T) {
+                      const Tensor& row_slot_N) {
   const char* op = "grouped_shrink";
-  const PlanExperts plan =
-      check_plan_experts(op, expert_TK, expert_start_E1, row_slot_N, token_order_T);
-  const auto [R, I, dtype] = check_inputs(op, x_TI, lora_a_ERI, plan);
-  const Tensor x = torch::stable::contiguous(x_TI), lora_a = torch::stable::contiguous(lora_a_ERI);
-  Tensor a_TKR = torch::stable::new_empty(x, {plan.T, plan.K, R});
-  CPU_KERNEL(grouped_shrink_cpu)
-  ({.x_TI = x.const_data_ptr(),
-    .lora_a_ERI = lora_a.const_data_ptr(),
-    .expert_TK = plan.expert_TK.const_data_ptr<int32_t>(),
-    .expert_start_E1 = plan.expert_start_E1.const_data_ptr<int32_t>(),
-    .row_slot_N = plan.row_slot_N.const_data_ptr<int32_t>(),
-    .a_TKR = a_TKR.mutable_data_ptr(),
-    .T = plan.T,
-    .K = plan.K,
-    .E = plan.E,
-    .R = R,
-    .I = I,
-    .dtype = dtype});
+  const PlanExperts plan = check_plan_experts(op, expert_TK, expert_start_E1, row_slot_N);
+  const Dtype dtype = FLOAT_DTYPE(op, x_TI);
+  check_dtype(op, "w", w, x_TI.scalar_type());
+  CHECK_DIMS(op, x_TI, T, I);
+  CHECK_DIMS(op, w, E, R, I);
+  const int64_t T = plan.T, I = x_TI.size(1), R = w.size(transposed ? 2 : 1);
+  CHECK_SHAPE(op, x_TI, T, I);
+  check_w(op, w, plan.E, R, I, transposed);
+  const Tensor x = torch::stable::contiguous(x_TI), w_near = torch::stable::contiguous(w);
+  Tensor a_TKR = torch::stable::new_empty(x, {T, plan.K, R});
+  GroupedShrinkParams p = params(plan, R, I, transposed, dtype);
+  p.x_TI = x.const_data_ptr(), p.w = w_near.const_data_ptr();
+  p.result = a_TKR.mutable_data_ptr();
+  CPU_KERNEL(grouped_shrink_cpu)(p);
   return a_TKR;
 }
 
-std::tuple<Tensor, Tensor> grouped_shrink_backward(const Tensor& da_TKR,
-                                                   const Tensor& x_TI,
-                                                   const Tensor& lora_a_ERI,
-                                                   const Tensor& expert_TK,
-                                                   const Tensor& expert_start_E1,
-                                                   const Tensor& row_slot_N,
-                                                   const Tensor& token_order_T) {
-  const char* op = "grouped_shrink_backward";
-  const PlanExperts plan =
-      check_plan_experts(op, expert_TK, expert_start_E1, row_slot_N, token_order_T);
-  const auto [R, I, dtype] = check_inputs(op, x_TI, lora_a_ERI, plan);
-  const int64_t T = plan.T, K = plan.K;
-  check_dtype(op, "da_TKR", da_TKR, x_TI.scalar_type());
-  CHECK_SHAPE(op, da_TKR, T, K, R);
-  const Tensor da = torch::stable::contiguous(da_TKR), x = torch::stable::contiguous(x_TI),
-               lora_a = torch::stable::contiguous(lora_a_ERI);
-  Tensor dx_TI = torch::stable::new_empty(x, {T, I});
-  Tensor dlora_a_ERI = torch::stable::new_empty(lora_a, {plan.E, R, I});
-  CPU_KERNEL(grouped_shrink_backward_cpu)
-  ({.da_TKR = da.const_data_ptr(),
-    .x_TI = x.const_data_ptr(),
-    .lora_a_ERI = lora_a.const_data_ptr(),
-    .expert_TK = plan.expert_TK.const_data_ptr<int32_t>(),
-    .expert_start_E1 = plan.expert_start_E1.const_data_ptr<int32_t>(),
-    .row_slot_N = plan.row_slot_N.const_data_ptr<int32_t>(),
-    .token_order_T = plan.token_order_T.const_data_ptr<int32_t>(),
-    .dx_TI = dx_TI.mutable_data_ptr(),
-    .dlora_a_ERI = dlora_a_ERI.mutable_data_ptr(),
-    .T = T,
-    .K = K,
-    .E = plan.E,
-    .R = R,
-    .I = I,
-    .dtype = dtype});
-  return {dx_TI, dlora_a_ERI};
+Tensor grouped_expand(const Tensor& a_TKR,
+                      const Tensor& w,
+                      bool transposed,
+                      const Tensor& expert_TK,
+                      const Tensor& expert_start_E1,
+                      const Tensor& row_slot_N) {
+  const char* op = "grouped_expand";
+  const PlanExperts plan = check_plan_experts(op, expert_TK, expert_start_E1, row_slot_N);
+  const Dtype dtype = FLOAT_DTYPE(op, a_TKR);
+  check_dtype(op, "w", w, a_TKR.scalar_type());
+  CHECK_DIMS(op, a_TKR, T, K, R);
+  CHECK_DIMS(op, w, E, R, I);
+  const int64_t T = plan.T, K = plan.K, R = a_TKR.size(2), I = w.size(transposed ? 1 : 2);
+  CHECK_SHAPE(op, a_TKR, T, K, R);
+  check_w(op, w, plan.E, R, I, transposed);
+  const Tensor a = torch::stable::contiguous(a_TKR), w_near = torch::stable::contiguous(w);
+  Tensor x_TI = torch::stable::new_empty(a, {T, I});
+  GroupedShrinkParams p = params(plan, R, I, transposed, dtype);
+  p.a_TKR = a.const_data_ptr(), p.w = w_near.const_data_ptr();
+  p.result = x_TI.mutable_data_ptr();
+  CPU_KERNEL(grouped_expand_cpu)(p);
+  return x_TI;
+}
+
+Tensor grouped_outer(const Tensor& a_TKR,
+                     const Tensor& x_TI,
+                     bool transposed,
+                     const Tensor& expert_TK,
+                     const Tensor& expert_start_E1,
+                     const Tensor& row_slot_N) {
+  const char* op = "grouped_outer";
+  const PlanExperts plan = check_plan_experts(op, expert_TK, expert_start_E1, row_slot_N);
+  const Dtype dtype = FLOAT_DTYPE(op, a_TKR);
+  check_dtype(op, "x_TI", x_TI, a_TKR.scalar_type());
+  CHECK_DIMS(op, a_TKR, T, K, R);
+  CHECK_DIMS(op, x_TI, T, I);
+  const int64_t T = plan.T, K = plan.K, E = plan.E, R = a_TKR.size(2), I = x_TI.size(1);
+  CHECK_SHAPE(op, a_TKR, T, K, R);
+  CHECK_SHAPE(op, x_TI, T, I);
+  const Tensor a = torch::stable::contiguous(a_TKR), x = torch::stable::contiguous(x_TI);
+  Tensor w = torch::stable::new_empty(x, {E, transposed ? I : R, transposed ? R : I});
+  GroupedShrinkParams p = params(plan, R, I, transposed, dtype);
+  p.a_TKR = a.const_data_ptr(), p.x_TI = x.const_data_ptr();
+  p.result = w.mutable_data_ptr();
+  CPU_KERNEL(grouped_outer_cpu)(p);
+  return w;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mixlora, CPU, m) {
   m.impl("grouped_shrink", TORCH_BOX(&grouped_shrink));
-  m.impl("grouped_shrink_backward", TORCH_BOX(&grouped_shrink_backward));
+  m.impl("grouped_expand", TORCH_BOX(&grouped_expand));
+  m.impl("grouped_outer", TORCH_BOX(&grouped_outer));
 }
 
 }  // namespace mixlora

@@ -8,32 +8,23 @@
 
 namespace mixlora {
 
+// Of x, w and a two are given, and the third is the result. w is [E, R, I], or transposed [E, I,
+// R].
 struct GroupedShrinkParams {
   const void* x_TI;
-  const void* lora_a_ERI;
+  const void* w;
+  const void* a_TKR;
+  void* result;
   const int32_t* expert_TK;
   const int32_t* expert_start_E1;
   const int32_t* row_slot_N;
-  void* a_TKR;
   int64_t T, K, E, R, I;
+  bool transposed;
   Dtype dtype;
 };
 
-struct GroupedShrinkBackwardParams {
-  const void* da_TKR;
-  const void* x_TI;
-  const void* lora_a_ERI;
-  const int32_t* expert_TK;
-  const int32_t* expert_start_E1;
-  const int32_t* row_slot_N;
-  const int32_t* token_order_T;
-  void* dx_TI;
-  void* dlora_a_ERI;
-  int64_t T, K, E, R, I;
-  Dtype dtype;
-};
-
-DECLARE_CPU_KERNEL(void, grouped_shrink_cpu, const GroupedShrinkParams& p)
-DECLARE_CPU_KERNEL(void, grouped_shrink_backward_cpu, const GroupedShrinkBackwardParams& p)
+DECLARE_CPU_KERNEL(void, grouped_shrink_cpu, const GroupedShrinkParams& p)  // a
+DECLARE_CPU_KERNEL(void, grouped_expand_cpu, const GroupedShrinkParams& p)  // x
+DECLARE_CPU_KERNEL(void, grouped_outer_cpu, const GroupedShrinkParams& p)   // w
 
 }  // namespace mixlora

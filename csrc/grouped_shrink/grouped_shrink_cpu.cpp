@@ -5,19 +5,60 @@
 namespace mixlora::MIXLORA_ISA {
 namespace {
 
+// Tokens whose sums are in the making together: a panel of them stays in a level-2 cache.
+constexpr int64_t kTokens = 512;
+
+constexpr int64_t kLittle = 1 << 18;  // multiplications that do not pay for waking a thread
+
+// Calls body(i) once for each i in [0, count).
+void for_items(const GroupedShrinkParams& p, int64_t count, const auto& body) {
+  if (p.expert_start_E1[p.E] * p.R * p.I > kLittle) return parallel_for(count, body);
+  for (int64_t i = 0; i < count; ++i) body(i);
+}
+
+int64_t num_panels(int64_t features) { return (features + kPanelColumns - 1) / kPanelColumns; }
+
+// Features [i, i + columns) of every rank of expert e, as if w were not transposed.
 template <class T>
-void shrink_rows(const GroupedShrinkParams& p) {
+struct WeightPanel {
+  const T* w;
+  bool transposed;
+  int64_t R, I;
+
+  void read(int64_t e, int64_t i, int64_t columns, Wide<T>* to_RI, int64_t stride) const {
+    if (!transposed) {
+      for (int64_t r = 0; r < R; ++r) convert(w + (e * R + r) * I + i, columns, to_RI + r * stride);
+      return;
+    }
+    std::vector<Wide<T>> w_IR(columns * R);
+    convert(w + (e * I + i) * R, columns * R, w_IR.data());
+    transpose(w_IR.data(), columns, R, R, to_RI, stride);
+  }
+};
+
+// a of every row, in the order of rows.
+template <class T>
+std::vector<Wide<T>> rows_of_a(const GroupedShrinkParams& p) {
+  const T* a_TKR = static_cast<const T*>(p.a_TKR);
+  std::vector<Wide<T>> a_NR(p.expert_start_E1[p.E] * p.R);
+  for (int64_t n = 0; n < p.expert_start_E1[p.E]; ++n) {
+    convert(a_TKR + p.row_slot_N[n] * p.R, p.R, a_NR.data() + n * p.R);
+  }
+  return a_NR;
+}
+
+template <class T>
+void shrink_rows(const GroupedShrinkParams& p, const auto* w_ERI) {
   const T* x_TI = static_cast<const T*>(p.x_TI);
-  const T* lora_a_ERI = static_cast<const T*>(p.lora_a_ERI);
-  T* a_TKR = static_cast<T*>(p.a_TKR);
+  T* a_TKR = static_cast<T*>(p.result);
   const auto blocks = row_blocks(p.expert_start_E1, p.E);
-  parallel_for(blocks.size(), [&](int64_t i) {
+  for_items(p, blocks.size(), [&](int64_t i) {
     const auto [expert, begin, end] = blocks[i];
     const int64_t rows = end - begin;
     const T* x_N[kBlockRows];
     for (int64_t n = 0; n < rows; ++n) x_N[n] = x_TI + p.row_slot_N[begin + n] / p.K * p.I;
     std::vector<Wide<T>> z_NR(rows * p.R);
-    shrink<T>(x_N, rows, lora_a_ERI + expert * p.R * p.I, p.R, p.I, 1, z_NR.data());
+    shrink<T>(x_N, rows, w_ERI + expert * p.R * p.I, p.R, p.I, 1, z_NR.data());
     for (int64_t n = 0; n < rows; ++n) {
       convert(z_NR.data() + n * p.R, p.R, a_TKR + p.row_slot_N[begin + n] * p.R);
     }
@@ -27,99 +68,115 @@ void shrink_rows(const GroupedShrinkParams& p) {
   }
 }
 
-struct TokenBlock {
-  int64_t begin, end;  // of token_order_T
-};
-
-// Neighbours in token_order_T that have the same experts slot by slot.
-std::vector<TokenBlock> token_blocks(const GroupedShrinkBackwardParams& p) {
-  const auto experts = [&](int64_t i) { return p.expert_TK + p.token_order_T[i] * p.K; };
-  std::vector<TokenBlock> blocks;
-  for (int64_t i = 0; i < p.T; ++i) {
-    const bool joins = i > 0 && i - blocks.back().begin < kBlockRows &&
-                       std::equal(experts(i), experts(i) + p.K, experts(i - 1));
-    if (joins) {
-      blocks.back().end = i + 1;
-    } else {
-      blocks.push_back({i, i + 1});
-    }
-  }
-  return blocks;
+// w the other way round, of experts that have rows.
+template <class T>
+std::unique_ptr<Wide<T>[]> turned(const GroupedShrinkParams& p) {
+  const WeightPanel<T> w{static_cast<const T*>(p.w), true, p.R, p.I};
+  auto w_ERI = std::make_unique_for_overwrite<Wide<T>[]>(p.E * p.R * p.I);
+  const int64_t panels = num_panels(p.I);
+  for_items(p, p.E * panels, [&](int64_t item) {
+    const int64_t e = item / panels, i = item % panels * kPanelColumns;
+    if (p.expert_start_E1[e] == p.expert_start_E1[e + 1]) return;
+    const int64_t columns = std::min<int64_t>(kPanelColumns, p.I - i);
+    w.read(e, i, columns, w_ERI.get() + e * p.R * p.I + i, p.I);
+  });
+  return w_ERI;
 }
 
-// dx of a block of tokens is one product: its terms are the ranks of slot 0, of slot 1, ...
+// A panel of columns of kTokens tokens at a time, to which every expert adds its rows.
 template <class T>
-void token_backward(const GroupedShrinkBackwardParams& p, TokenBlock block) {
-  const T* da_TKR = static_cast<const T*>(p.da_TKR);
-  const T* lora_a_ERI = static_cast<const T*>(p.lora_a_ERI);
-  T* dx_TI = static_cast<T*>(p.dx_TI);
-  const int32_t* token = p.token_order_T + block.begin;
-  const int32_t* expert_K = p.expert_TK + *token * p.K;
-  const int64_t tokens = block.end - block.begin;
-  const int64_t J = (p.K - std::count(expert_K, expert_K + p.K, -1)) * p.R;
-  std::vector<const T*> a_J;
-  std::vector<Wide<T>> da_MJ(tokens * J);
-  for (int64_t k = 0; k < p.K; ++k) {
-    if (expert_K[k] < 0) continue;
-    for (int64_t m = 0; m < tokens; ++m) {
-      convert(da_TKR + (token[m] * p.K + k) * p.R, p.R, da_MJ.data() + m * J + a_J.size());
+void expand_rows(const GroupedShrinkParams& p) {
+  using S = Wide<T>;
+  const WeightPanel<T> w{static_cast<const T*>(p.w), p.transposed, p.R, p.I};
+  T* x_TI = static_cast<T*>(p.result);
+  const std::vector<S> a_NR = rows_of_a<T>(p);
+  const int64_t panels = num_panels(p.I), chunks = (p.T + kTokens - 1) / kTokens;
+  for_items(p, chunks * panels, [&](int64_t item) {
+    const int64_t t0 = item / panels * kTokens, t1 = std::min(p.T, t0 + kTokens);
+    const int64_t i = item % panels * kPanelColumns;
+    const int64_t columns = std::min<int64_t>(kPanelColumns, p.I - i);
+    const int64_t padded = round_up(columns, kWidth<S>);
+    std::vector<S> x_MI((t1 - t0) * kPanelColumns), w_RI(p.R * kPanelColumns);
+    const S zero[kPanelColumns] = {};
+    const S* zeros[kBlockRows];
+    std::fill_n(zeros, kBlockRows, zero);
+    for (int64_t e = 0; e < p.E; ++e) {
+      const int32_t *first = p.row_slot_N + p.expert_start_E1[e],
+                    *last = p.row_slot_N + p.expert_start_E1[e + 1];
+      first = std::lower_bound(first, last, t0 * p.K);  // an expert's rows are sorted by slot
+      last = std::lower_bound(first, last, t1 * p.K);
+      if (first == last) continue;
+      w.read(e, i, columns, w_RI.data(), kPanelColumns);
+      for (; first < last; first += kBlockRows) {
+        const int64_t rows = std::min<int64_t>(kBlockRows, last - first);
+        alignas(64) S sum[kBlockRows * kPanelColumns];
+        const S* a = a_NR.data() + (first - p.row_slot_N) * p.R;
+        panel<S>(
+            {a, p.R, 1}, w_RI.data(), kPanelColumns, rows, p.R, padded, sum, kPanelColumns, zeros);
+        for (int64_t n = 0; n < rows; ++n) {
+          S* x = x_MI.data() + (first[n] / p.K - t0) * kPanelColumns;
+          for (int64_t c = 0; c < padded; c += kWidth<S>) {
+            store(x + c, load(x + c) + load(sum + n * kPanelColumns + c));
+          }
+        }
+      }
     }
-    for (int64_t r = 0; r < p.R; ++r) a_J.push_back(lora_a_ERI + (expert_K[k] * p.R + r) * p.I);
-  }
-  for_each_panel(p.I, [&](int64_t i, int64_t columns) {
-    expand<Wide<T>>(
-        {da_MJ.data(), J, 1},
-        tokens,
-        J,
-        columns,
-        [&](int64_t j) { return a_J[j] + i; },
-        [&](int64_t m, const Wide<T>* y) { convert(y, columns, dx_TI + token[m] * p.I + i); });
+    for (int64_t t = t0; t < t1; ++t) {
+      convert(x_MI.data() + (t - t0) * kPanelColumns, columns, x_TI + t * p.I + i);
+    }
   });
 }
 
-// dA of each expert, a panel of columns at a time: its terms are the expert's rows, in their order.
+// w of each expert, a panel of columns at a time: its terms are the expert's rows, in their order.
 template <class T>
-void lora_a_backward(const GroupedShrinkBackwardParams& p) {
+void outer(const GroupedShrinkParams& p) {
   const T* x_TI = static_cast<const T*>(p.x_TI);
-  const T* da_TKR = static_cast<const T*>(p.da_TKR);
-  T* dlora_a_ERI = static_cast<T*>(p.dlora_a_ERI);
-  const int64_t rows = p.expert_start_E1[p.E];
-  std::vector<const T*> x_N(rows);
-  std::vector<Wide<T>> da_NR(rows * p.R);
-  for (int64_t n = 0; n < rows; ++n) {
-    x_N[n] = x_TI + p.row_slot_N[n] / p.K * p.I;
-    convert(da_TKR + p.row_slot_N[n] * p.R, p.R, da_NR.data() + n * p.R);
-  }
-  const int64_t panels = (p.I + kPanelColumns - 1) / kPanelColumns;
-  parallel_for(p.E * panels, [&](int64_t item) {
+  T* w = static_cast<T*>(p.result);
+  const std::vector<Wide<T>> a_NR = rows_of_a<T>(p);
+  const int64_t panels = num_panels(p.I);
+  for_items(p, p.E * panels, [&](int64_t item) {
     const int64_t e = item / panels, i = item % panels * kPanelColumns;
     const int64_t columns = std::min<int64_t>(kPanelColumns, p.I - i);
     const int64_t begin = p.expert_start_E1[e], end = p.expert_start_E1[e + 1];
+    std::vector<Wide<T>> w_RI(p.R * columns);
     expand<Wide<T>>(
-        {da_NR.data() + begin * p.R, 1, p.R},
+        {a_NR.data() + begin * p.R, 1, p.R},
         p.R,
         end - begin,
         columns,
-        [&](int64_t j) { return x_N[begin + j] + i; },
-        [&](int64_t r, const Wide<T>* y) {
-          convert(y, columns, dlora_a_ERI + (e * p.R + r) * p.I + i);
-        });
+        [&](int64_t j) { return x_TI + p.row_slot_N[begin + j] / p.K * p.I + i; },
+        [&](int64_t r, const Wide<T>* y) { std::copy_n(y, columns, &w_RI[r * columns]); });
+    if (p.transposed) {
+      std::vector<Wide<T>> w_IR(columns * p.R);
+      transpose(w_RI.data(), p.R, columns, columns, w_IR.data(), p.R);
+      convert(w_IR.data(), columns * p.R, w + (e * p.I + i) * p.R);
+    } else {
+      for (int64_t r = 0; r < p.R; ++r) {
+        convert(&w_RI[r * columns], columns, w + (e * p.R + r) * p.I + i);
+      }
+    }
   });
 }
 
 }  // namespace
 
 void grouped_shrink_cpu(const GroupedShrinkParams& p) {
-  with_type(p.dtype, [&](auto zero) { shrink_rows<decltype(zero)>(p); });
-}
-
-void grouped_shrink_backward_cpu(const GroupedShrinkBackwardParams& p) {
   with_type(p.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const auto blocks = token_blocks(p);
-    parallel_for(blocks.size(), [&](int64_t i) { token_backward<T>(p, blocks[i]); });
-    lora_a_backward<T>(p);
+    if (p.transposed) {
+      shrink_rows<T>(p, turned<T>(p).get());
+    } else {
+      shrink_rows<T>(p, static_cast<const T*>(p.w));
+    }
   });
+}
+
+void grouped_expand_cpu(const GroupedShrinkParams& p) {
+  with_type(p.dtype, [&](auto zero) { expand_rows<decltype(zero)>(p); });
+}
+
+void grouped_outer_cpu(const GroupedShrinkParams& p) {
+  with_type(p.dtype, [&](auto zero) { outer<decltype(zero)>(p); });
 }
 
 }  // namespace mixlora::MIXLORA_ISA

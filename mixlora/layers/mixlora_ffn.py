@@ -22,6 +22,7 @@ from mixlora.ops import (
     Plan,
     Routing,
     dropout,
+    grouped_expand,
     grouped_shrink,
     linear,
     moe_gather,
@@ -170,7 +171,7 @@ class MixLora(nn.Module):
         delta_TD = None
         if self.down_proj is not None:
             scaled_TKR = z_TKR * (self.scaling * weight_TK[..., None])
-            delta_TD = self.down_proj.expand(scaled_TKR.to(hbar_TF.dtype), plan.expert_TK)
+            delta_TD = self.down_proj.expand(scaled_TKR.to(hbar_TF.dtype), plan)
 
         def finish(y_TD: Tensor) -> Tensor:
             if delta_TD is not None:
@@ -195,7 +196,7 @@ class MixLora(nn.Module):
         ]
         ones_N1 = weight_TK.new_ones(rows.expert_TK.shape)
         h_NF, z_N1R = self._hidden(ffn, gate_NF, up_NF, *a_N1R, rows, ones_N1)
-        delta_ND = self.down_proj.expand((self.scaling * z_N1R).to(h_NF.dtype), rows.expert_TK)
+        delta_ND = self.down_proj.expand((self.scaling * z_N1R).to(h_NF.dtype), rows)
 
         def finish(y_ND: Tensor) -> Tensor:
             scale_ED = self.down_proj.dora_scale(ffn.down_proj)
@@ -225,10 +226,5 @@ def rows_as_tokens(plan: Plan) -> Plan:
 class Experts(LoraPair):
     """One projection's LoRA pairs of all experts, stacked: each is always in the graph."""
 
-    def expand(self, z_TKR: Tensor, expert_TK: Tensor) -> Tensor:
-        """sum_k B_ek z_k [T, O] as one product: z in its expert's columns, zero elsewhere."""
-        T, K, R = z_TKR.shape
-        E = len(self.lora_B)
-        column_TKR = torch.where(expert_TK < 0, E, expert_TK.long())[..., None].expand(T, K, R)
-        z_TER = z_TKR.new_zeros(T, E + 1, R).scatter(1, column_TKR, z_TKR)[:, :E]
-        return linear(z_TER.flatten(1), self.lora_B.to(z_TKR.dtype).transpose(0, 1).flatten(1))
+    def expand(self, z_TKR: Tensor, plan: Plan) -> Tensor:
+        return grouped_expand(z_TKR, self.lora_B.to(z_TKR.dtype), plan)

@@ -10,7 +10,12 @@ except ImportError as error:
 from mixlora.ops._switch import reference, use_reference
 from mixlora.ops.dropout import dropout, dropout_ref
 from mixlora.ops.grouped_lora import grouped_lora, grouped_lora_ref
-from mixlora.ops.grouped_shrink import grouped_shrink, grouped_shrink_ref
+from mixlora.ops.grouped_shrink import (
+    grouped_expand,
+    grouped_expand_ref,
+    grouped_shrink,
+    grouped_shrink_ref,
+)
 from mixlora.ops.linear import linear, linear_ref
 from mixlora.ops.moe_gather import moe_gather, moe_gather_ref
 from mixlora.ops.moe_scatter import moe_scatter, moe_scatter_ref
@@ -24,6 +29,8 @@ __all__ = [
     "Routing",
     "dropout",
     "dropout_ref",
+    "grouped_expand",
+    "grouped_expand_ref",
     "grouped_lora",
     "grouped_lora_ref",
     "grouped_shrink",
