@@ -1,7 +1,7 @@
 """The fused mixture, native against reference, forward and backward; experts drawn uniformly.
 
-GFLOP/s counts T K F (6 R + 20) operations forward and T K F (16 R + 45) backward, the rank-R products
-and what is between them, as a share of a library product's in the same dtype, which takes turns
+GFLOP/s counts the rank-R products and what is between them, T K F (6 R + 20) operations forward and
+T K F (16 R + 45) backward, as a share of a library product's in the same dtype, which takes turns
 with them.
 """
 

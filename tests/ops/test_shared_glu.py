@@ -116,6 +116,19 @@ def test_all_gradients(T: int, K: int, E: int, load: str, without: tuple) -> Non
         assert_close(value, wanted[name].nan_to_num() if "d_" in name else wanted[name])
 
 
+@pytest.mark.parametrize("token", [0, 6])
+def test_what_is_not_finite_stays_with_its_experts(token: int) -> None:
+    """Rows are computed several at a time, and padded: none may touch another expert's."""
+    expert_TK = torch.tensor([[0, 1], [2, 3], [2, 3], [2, 3], [2, 3], [2, 3], [0, 1]]).int()
+    plan = ops.moe_sort(expert_TK, 4)
+    tensors = [x.nan_to_num() for x in inputs(plan, 4, F=40, R=5)]
+    for x in tensors[:4]:
+        x[token] = torch.nan
+    for name, value in with_gradients(ops.shared_glu, tensors, plan, "silu", 0.3, SEED).items():
+        by_expert = name in ("d_b_gate", "d_b_up", "d_a_down")
+        assert value[2:4].isfinite().all() if by_expert else value[1:6].isfinite().all(), name
+
+
 @act
 def test_activations(act: str) -> None:
     plan = some_plan(8, 2, 4, "empty slots")
