@@ -11,11 +11,22 @@ import torch
 from torch import Tensor
 
 from mixlora import _C, ops
-from tests.cuda_on_cpu import CXX, FLAGS, MISSING, ORDERS, ROOT, build, counts, cuda_on_cpu
+from tests.cuda_on_cpu import (
+    CXX,
+    FLAGS,
+    MISSING,
+    ORDERS,
+    ROOT,
+    SANITIZER,
+    build,
+    counts,
+    cuda_on_cpu,
+)
 from tests.kernels import poisoned
 from tests.numerics import assert_close_to_ref64
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"CUDA kernels on the CPU: {MISSING}")
+seen = pytest.mark.skipif(bool(SANITIZER), reason="a sanitizer sees the accesses")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -117,6 +128,7 @@ def moved(run, *, read: int, written: int) -> None:
     assert read <= sum(count.read_bytes for count in found) <= 1.01 * read
 
 
+@seen
 def test_bytes_that_kernels_move() -> None:
     T, K, E, D = 256, 2, 8, 1024
     plan = ops.moe_sort(some_experts(T, K, E, "uniform"), E)
@@ -196,6 +208,7 @@ extern "C" __attribute__((visibility("default"))) const char* run(int i, float* 
 """
 
 
+@seen
 def test_faults_that_the_runtime_notices(tmp_path: Path) -> None:
     """One kernel for each, in one file; the last is right."""
     bodies = [body for body, _ in FAULTS.values()] + ["if (blockIdx.x == 0) p[threadIdx.x] = 1;"]
