@@ -88,7 +88,7 @@ struct Array {
   int64_t bytes;
 };
 
-// One of the numbers of a block is unlike those of all blocks before, of other launches too.
+// Blocks are numbered over all launches.
 struct Access {
   uint32_t block = 0;
   uint16_t thread = 0;

@@ -80,11 +80,6 @@ T __shfl_xor_sync(uint32_t mask, T value, int distance, int line = __builtin_LIN
   return on_cpu::shuffle(mask, value, on_cpu::lane() ^ distance, line);
 }
 
-template <class T>
-T __shfl_sync(uint32_t mask, T value, int source, int line = __builtin_LINE()) {
-  return on_cpu::shuffle(mask, value, source, line);
-}
-
 // Below the first lanes, a lane keeps its own value.
 template <class T>
 T __shfl_up_sync(uint32_t mask, T value, int distance, int line = __builtin_LINE()) {
