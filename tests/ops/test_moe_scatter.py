@@ -185,6 +185,20 @@ def test_non_contiguous(weighted: bool) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rows_begin_at_any_address(dtype: torch.dtype) -> None:
+    """Of a size that would fit long loads."""
+    plan, weight_TK = some_plan(*ROUTINGS["empty slots"]), normal(24, 3, seed=1, dtype=dtype)
+    y_ND, dy_TD = normal(72, 16, dtype=dtype), normal(24, 16, seed=2, dtype=dtype)
+    backward = torch.ops.mixlora.moe_scatter_backward
+    rows = plan.row_slot_N, plan.slot_row_TK
+    wanted = ops.moe_scatter(y_ND, plan), *backward(dy_TD, y_ND, *rows, weight_TK)
+    y_ND, dy_TD = (torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x) for x in (y_ND, dy_TD))
+    found = ops.moe_scatter(y_ND, plan), *backward(dy_TD, y_ND, *rows, weight_TK)
+    assert found[0].equal(wanted[0]) and found[1].equal(wanted[1])
+    assert_close(found[2], wanted[2])  # the sum of a row has another order
+
+
 @only_cpu
 def test_compile() -> None:
     plan = some_plan(*ROUTINGS["empty slots"])
