@@ -9,10 +9,10 @@ CHECK := -c 'import sys; sys.version_info < (3, 10) and sys.exit("mixlora needs 
 SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help env kernels demo test sanitize faults lint format bench clean
+.PHONY: help env kernels kernels-check demo test sanitize faults lint format bench clean
 
 help: ## list the targets
-	@awk -F ': .*## ' '/^[a-z]+: .*## / {printf "%-10s%s\n", $$1, $$2}' Makefile
+	@awk -F ': .*## ' '/^[a-z-]+: .*## / {printf "%-14s%s\n", $$1, $$2}' Makefile
 
 env:
 	@test -x $(PY) || { $(PYTHON) $(CHECK) && $(PYTHON) -m venv .venv; }
@@ -21,6 +21,9 @@ env:
 kernels: env ## build mixlora._C, the C++ kernels
 	@$(PY) tools/ensure.py build run
 	@$(PY) -u setup.py -q build_ext --inplace
+
+kernels-check: env ## compile the CUDA kernels for every architecture, without a GPU
+	@$(PY) tools/kernels_check.py
 
 demo: kernels ## MixLoRA and LoRA on four small tasks, from a tiny pretrained model
 	@$(PY) tools/ensure.py plot

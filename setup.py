@@ -31,7 +31,7 @@ BUILD = "build/kernels"
 ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 TORCH = Path(torch.__file__).parent
 CUDA_HOME = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-CUDA_ARCHS = ["80", "86", "89", "90"]
+CUDA_ARCHS = ["80", "86", "89", "90"]  # where no GPU says which
 ISA_FLAGS = {"default": ""}
 if os.uname().machine == "x86_64":
     ISA_FLAGS["avx2"] = "-mavx2 -mfma -mf16c"
@@ -48,13 +48,19 @@ def version(tool: str, word: str = "") -> str:
     return next(line for line in said.splitlines() if word in line)
 
 
+def cuda_archs() -> list[str]:
+    """Of the GPUs here, else all that the kernels are for."""
+    here = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    return sorted({f"{major}{minor}" for major, minor in here if major >= 8}) or CUDA_ARCHS
+
+
 def ninja_file(cxx: str, nvcc: str | None, output: str) -> str:
     """ninja repeats a command when it, or a file it read, headers included, has changed."""
     sources = sorted(Path("csrc").rglob("*.cpp"))
     kernels = [source for source in sources if source.stem.endswith("_cpu")]
     cuda = sorted(Path("csrc").rglob("*.cu")) if nvcc and torch.version.cuda else []
-    archs = " ".join(CUDA_ARCHS if cuda else [])
-    macros = {"COMPILER": version(cxx), "TORCH": torch.__version__, "CUDA_ARCHS": archs}
+    archs = cuda_archs() if cuda else []
+    macros = {"COMPILER": version(cxx), "TORCH": torch.__version__, "CUDA_ARCHS": " ".join(archs)}
     includes = [f"{TORCH}/include", pybind11.get_include(), sysconfig.get_path("include")]
     flags = "-O3 -MMD -Icsrc " + " ".join(f"-isystem {quote(path)}" for path in includes)
     flags += "".join(" " + quote(f'-DMIXLORA_{name}="{text}"') for name, text in macros.items())
@@ -62,17 +68,22 @@ def ninja_file(cxx: str, nvcc: str | None, output: str) -> str:
         (only,) = ISA_FLAGS
         flags += " " + quote(f'-DMIXLORA_ONLY_ISA="{only}"') + f" -DMIXLORA_ISA=cpu_{only}"
     cpp = f"{cxx} -std=c++20 -Wall -fPIC -fvisibility=hidden {flags} {MORE_FLAGS}"
-    codes = " ".join(f"-gencode arch=compute_{a},code=[compute_{a},sm_{a}]" for a in CUDA_ARCHS)
+    codes = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    codes += [
+        f"-gencode arch=compute_{arch},code=compute_{arch}" for arch in archs[-1:]
+    ]  # later GPUs
 
     # (command, source, object) in link order. The default instruction set goes before the others:
     # of an inline function that several objects hold, the linker keeps the first copy, and that
     # one must run on every processor. at::vec heeds the CPU_CAPABILITY macros, not the flags.
-    jobs = [(f"{cpp} {ABI}", s, f"{BUILD}/{s.stem}.o") for s in sources if s not in kernels]
+    entry = f"{cpp} {ABI} -DMIXLORA_CUDA" if cuda else f"{cpp} {ABI}"
+    jobs = [(entry, s, f"{BUILD}/{s.stem}.o") for s in sources if s not in kernels]
     for isa, isa_flags in ISA_FLAGS.items():
         capability = f"-DCPU_CAPABILITY={isa.upper()} -DCPU_CAPABILITY_{isa.upper()}"
         command = f"{cpp} {isa_flags} {capability} -DMIXLORA_ISA=cpu_{isa}"
         jobs += [(command, s, f"{BUILD}/{s.stem}.{isa}.o") for s in kernels]
-    command = f"{nvcc} -std=c++17 -lineinfo -Xcompiler -fPIC {codes} {flags}"
+    command = f"{nvcc} -std=c++17 -O3 -lineinfo -MMD -Icsrc {' '.join(codes)}"
+    command += " -Xcompiler -fPIC,-fvisibility=hidden"
     jobs += [(command, s, f"{BUILD}/{s.stem}.o") for s in cuda]
     libraries = f"-L{quote(f'{TORCH}/lib')} -ltorch_cpu"
     if cuda:  # of libtorch only weak symbols are used, for which the linker would drop it

@@ -12,7 +12,11 @@ from torch import Tensor
 
 from mixlora import _C
 
-every_instruction_set = pytest.mark.parametrize("isa", _C.build_info()["instruction_sets"])
+only_cpu = pytest.mark.only_cpu
+
+
+def every_instruction_set(test: Callable) -> Callable:
+    return pytest.mark.parametrize("isa", _C.build_info()["instruction_sets"])(only_cpu(test))
 
 
 def said_with(isa: str, program: str) -> str:

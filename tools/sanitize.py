@@ -5,6 +5,7 @@ for each sanitizer, which must report it; without the fault none may report anyt
 
 python tools/sanitize.py            all
 python tools/sanitize.py memory     the tests of the kernels, under the first two
+python tools/sanitize.py cuda       of them those of the CUDA kernels, executed on the CPU
 python tools/sanitize.py threads    tests/threads.cpp, under the last
 """
 
@@ -22,7 +23,8 @@ MEMORY_FLAGS = (
     "-fno-sanitize-recover=all"
 )
 # What torch does with an operator's schema takes long here and runs no kernel in a new way.
-TESTS = ["tests/ops", "tests/layers", "-k", "not opcheck and not compile"]
+TESTS = ["tests/ops", "tests/layers", "-k", "not opcheck and not compile and not random"]
+CUDA_TESTS = ["tests/test_cuda_on_cpu.py", "tests/ops", "-k", "(random and not opcheck) or edges"]
 NINJA = """builddir = build
 rule compile
   command = {cxx} -std=c++20 -O1 -g -fsanitize=thread -MMD -MF $out.d -Icsrc {flags} -c $in -o $out
@@ -38,6 +40,18 @@ OUT_OF_BOUNDS = (
     "p.x_TD + slot / p.K * p.row_bytes",
     "p.x_TD + (slot / p.K + 1) * p.row_bytes",
     "AddressSanitizer: heap-buffer-overflow",
+)
+CUDA_OUT_OF_BOUNDS = (
+    "csrc/moe_gather/moe_gather_cuda.cu",
+    "if (slot >= 0 && first + i * kLanes < num_words)",
+    "if (slot >= 0 && first + i * kLanes <= num_words)",
+    "AddressSanitizer: heap-buffer-overflow",
+)
+CUDA_SHARED_OUT_OF_BOUNDS = (
+    "csrc/moe_sort/moe_sort_cuda.cu",
+    "kWarps + 1, sorts, num_sorts",
+    "kWarps, sorts, num_sorts",
+    "AddressSanitizer: use-after-poison",
 )
 OVERFLOW = (
     "csrc/moe_gather/moe_gather_cpu.cpp",
@@ -78,7 +92,8 @@ def run_tests(tests: list[str], show: bool = False) -> tuple[int, str]:
     """The interpreter has the runtime of the sanitizers, and need not give all memory back."""
     environment = {
         "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so')}",
-        "ASAN_OPTIONS": "detect_leaks=0",
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "MIXLORA_CUDA_ON_CPU_FLAGS": MEMORY_FLAGS,
         "OMP_NUM_THREADS": "2",
     }
     done = build(TREE, MEMORY_FLAGS, **environment)
@@ -125,6 +140,13 @@ def main(kinds: list[str]) -> None:
     if "threads" in kinds:
         must_report(RACE, run_threads)
         must_be_silent("ThreadSanitizer", run_threads(show=True))
+    if "cuda" in kinds:
+        for fault in (CUDA_OUT_OF_BOUNDS, CUDA_SHARED_OUT_OF_BOUNDS):
+            op = fault[0].split("/")[1]
+            tests = [f"tests/ops/test_{op}.py", "-k", "random"]
+            must_report(fault, lambda tests=tests: run_tests(tests))
+        result = run_tests(CUDA_TESTS, show=True)
+        must_be_silent("AddressSanitizer, UndefinedBehaviorSanitizer, CUDA kernels", result)
     if "memory" in kinds:
         for fault in (OUT_OF_BOUNDS, OVERFLOW):
             must_report(fault, lambda: run_tests(["tests/ops/test_moe_gather.py"]))
@@ -133,7 +155,7 @@ def main(kinds: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    kinds = sys.argv[1:] or ["threads", "memory"]
-    if not set(kinds) <= {"threads", "memory"}:
+    kinds = sys.argv[1:] or ["threads", "cuda", "memory"]
+    if not set(kinds) <= {"threads", "cuda", "memory"}:
         sys.exit(__doc__)
     main(kinds)

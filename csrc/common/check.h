@@ -97,9 +97,11 @@ inline ScalarType wide_dtype(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
-// `indices` is int32, contiguous and on the CPU.
+// `indices` is int32 and contiguous. On a GPU reading them here would wait for all that runs there:
+// the kernels check each index that they use (CHECK_INDEX).
 inline void check_indices(
     const char* op, const char* name, const Tensor& indices, int64_t low, int64_t end) {
+  if (!indices.is_cpu()) return;
   const int32_t* first = indices.const_data_ptr<int32_t>();
   const int32_t* last = first + indices.numel();
   const auto outside = [&](int32_t index) { return index < low || index >= end; };

@@ -1,15 +1,14 @@
 #include "moe_gather/moe_gather.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include "common/check.h"
+#include "common/device.h"
 #include "common/plan.h"
 
 namespace mixlora {
 namespace {
 
 Tensor moe_gather(const Tensor& x_TD, const Tensor& row_slot_N, const Tensor& slot_row_TK) {
+  CHECK_DEVICE("moe_gather", x_TD, row_slot_N, slot_row_TK);
   const Dtype dtype = FLOAT_DTYPE("moe_gather", x_TD);
   const PlanRows plan = check_plan("moe_gather", row_slot_N, slot_row_TK);
   CHECK_DIMS("moe_gather", x_TD, T, D);
@@ -24,12 +23,12 @@ Tensor moe_gather(const Tensor& x_TD, const Tensor& row_slot_N, const Tensor& sl
                                .N = plan.N,
                                .K = plan.K,
                                .row_bytes = D * num_bytes(dtype)};
-  CPU_KERNEL(moe_gather_cpu)(params);
+  RUN_KERNEL("moe_gather", moe_gather, x, params);
   return x_ND;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mixlora, CPU, m) { m.impl("moe_gather", TORCH_BOX(&moe_gather)); }
+REGISTER_KERNELS(m) { m.impl("moe_gather", TORCH_BOX(&moe_gather)); }
 
 }  // namespace mixlora

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/cuda.h"
 #include "common/isa.h"
 
 namespace mixlora {
@@ -15,5 +16,6 @@ struct MoeGatherParams {
 };
 
 DECLARE_CPU_KERNEL(void, moe_gather_cpu, const MoeGatherParams& p)
+DECLARE_CUDA_KERNEL(moe_gather_cuda, const MoeGatherParams& p)
 
 }  // namespace mixlora

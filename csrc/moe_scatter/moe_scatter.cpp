@@ -1,12 +1,9 @@
 #include "moe_scatter/moe_scatter.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
-#include <optional>
 #include <tuple>
 
 #include "common/check.h"
+#include "common/device.h"
 #include "common/plan.h"
 
 namespace mixlora {
@@ -30,13 +27,14 @@ Tensor check_weight(
 Tensor moe_scatter(const Tensor& y_ND,
                    const Tensor& row_slot_N,
                    const Tensor& slot_row_TK,
-                   const std::optional<Tensor>& weight_TK) {
+                   const Optional& weight_TK) {
+  CHECK_DEVICE("moe_scatter", y_ND, row_slot_N, slot_row_TK, weight_TK);
   const Dtype dtype = FLOAT_DTYPE("moe_scatter", y_ND);
   const PlanRows plan = check_plan("moe_scatter", row_slot_N, slot_row_TK);
   CHECK_DIMS("moe_scatter", y_ND, N, D);
   const int64_t T = plan.T, K = plan.K, N = plan.N, D = y_ND.size(1);
   CHECK_SHAPE("moe_scatter", y_ND, N, D);
-  std::optional<Tensor> weight;
+  Optional weight;
   if (weight_TK) weight = check_weight("moe_scatter", *weight_TK, y_ND, T, K);
 
   const Tensor y = torch::stable::contiguous(y_ND);
@@ -49,7 +47,7 @@ Tensor moe_scatter(const Tensor& y_ND,
                                 .K = K,
                                 .D = D,
                                 .dtype = dtype};
-  CPU_KERNEL(moe_scatter_cpu)(params);
+  RUN_KERNEL("moe_scatter", moe_scatter, y, params);
   return y_TD;
 }
 
@@ -58,6 +56,7 @@ std::tuple<Tensor, Tensor> moe_scatter_backward(const Tensor& dy_TD,
                                                 const Tensor& row_slot_N,
                                                 const Tensor& slot_row_TK,
                                                 const Tensor& weight_TK) {
+  CHECK_DEVICE("moe_scatter_backward", y_ND, dy_TD, row_slot_N, slot_row_TK, weight_TK);
   const Dtype dtype = FLOAT_DTYPE("moe_scatter_backward", y_ND);
   check_dtype("moe_scatter_backward", "dy_TD", dy_TD, y_ND.scalar_type());
   const PlanRows plan = check_plan("moe_scatter_backward", row_slot_N, slot_row_TK);
@@ -81,13 +80,13 @@ std::tuple<Tensor, Tensor> moe_scatter_backward(const Tensor& dy_TD,
                                         .K = K,
                                         .D = D,
                                         .dtype = dtype};
-  CPU_KERNEL(moe_scatter_backward_cpu)(params);
+  RUN_KERNEL("moe_scatter_backward", moe_scatter_backward, y, params);
   return {dy_ND, torch::stable::to(dweight_TK, weight_TK.scalar_type())};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mixlora, CPU, m) {
+REGISTER_KERNELS(m) {
   m.impl("moe_scatter", TORCH_BOX(&moe_scatter));
   m.impl("moe_scatter_backward", TORCH_BOX(&moe_scatter_backward));
 }

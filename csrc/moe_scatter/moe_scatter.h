@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/cuda.h"
 #include "common/dtype.h"
 #include "common/isa.h"
 
@@ -31,6 +32,8 @@ struct MoeScatterBackwardParams {
 };
 
 DECLARE_CPU_KERNEL(void, moe_scatter_cpu, const MoeScatterParams& p)
+DECLARE_CUDA_KERNEL(moe_scatter_cuda, const MoeScatterParams& p)
 DECLARE_CPU_KERNEL(void, moe_scatter_backward_cpu, const MoeScatterBackwardParams& p)
+DECLARE_CUDA_KERNEL(moe_scatter_backward_cuda, const MoeScatterBackwardParams& p)
 
 }  // namespace mixlora

@@ -1,17 +1,16 @@
 #include "moe_sort/moe_sort.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <limits>
 #include <tuple>
 
 #include "common/check.h"
+#include "common/device.h"
 
 namespace mixlora {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sort(const Tensor& expert_TK, int64_t num_experts) {
+  CHECK_DEVICE("moe_sort", expert_TK);
   CHECK_DTYPE("moe_sort", expert_TK, Int);
   CHECK_DIMS("moe_sort", expert_TK, T, K);
   const int64_t T = expert_TK.size(0), K = expert_TK.size(1), E = num_experts, N = T * K;
@@ -21,6 +20,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sort(const Tensor& expert_TK, int
   CHECK("moe_sort", N <= kMaxInt32 && E < kMaxInt32, "T * K and num_experts must fit int32");
 
   const Tensor dense_TK = torch::stable::contiguous(expert_TK);
+  check_indices("moe_sort", "expert_TK", dense_TK, -1, E);
   Tensor expert_start_E1 = torch::stable::new_empty(dense_TK, {E + 1});
   Tensor row_slot_N = torch::stable::new_empty(dense_TK, {N});
   Tensor slot_row_TK = torch::stable::new_empty(dense_TK, {T, K});
@@ -34,22 +34,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sort(const Tensor& expert_TK, int
                              .T = T,
                              .K = K,
                              .E = E};
-  const int64_t bad = CPU_KERNEL(moe_sort_cpu)(params);
-  CHECK("moe_sort",
-        bad < 0,
-        "expert_TK must be in [-1, ",
-        E,
-        "), got ",
-        params.expert_TK[bad],
-        " at token ",
-        bad / K,
-        ", slot ",
-        bad % K);
+  RUN_KERNEL("moe_sort", moe_sort, dense_TK, params);
   return {expert_start_E1, row_slot_N, slot_row_TK, token_order_T};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mixlora, CPU, m) { m.impl("moe_sort", TORCH_BOX(&moe_sort)); }
+REGISTER_KERNELS(m) { m.impl("moe_sort", TORCH_BOX(&moe_sort)); }
 
 }  // namespace mixlora

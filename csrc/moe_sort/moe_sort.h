@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/cuda.h"
 #include "common/isa.h"
 
 namespace mixlora {
@@ -16,7 +17,7 @@ struct MoeSortParams {
   int64_t T, K, E;
 };
 
-// Returns -1, or the first slot whose expert is outside [-1, E); nothing is written then.
-DECLARE_CPU_KERNEL(int64_t, moe_sort_cpu, const MoeSortParams& p)
+DECLARE_CPU_KERNEL(void, moe_sort_cpu, const MoeSortParams& p)
+DECLARE_CUDA_KERNEL(moe_sort_cuda, const MoeSortParams& p)
 
 }  // namespace mixlora

@@ -1,17 +1,12 @@
 #include "topk_router/topk_router.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
-#include <optional>
 #include <tuple>
 
 #include "common/check.h"
+#include "common/device.h"
 
 namespace mixlora {
 namespace {
-
-using Optional = std::optional<Tensor>;
 
 Optional check_mask(const char* op, const Optional& mask, int64_t T) {
   if (!mask) return std::nullopt;
@@ -35,6 +30,7 @@ const bool* mask_pointer(const Optional& mask_T) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_router(
     const Tensor& logits_TE, int64_t top_k, const Optional& mask_T, const Optional& expert_TK) {
+  CHECK_DEVICE("topk_router", logits_TE, mask_T, expert_TK);
   const Dtype dtype = FLOAT_DTYPE("topk_router", logits_TE);
   CHECK_DIMS("topk_router", logits_TE, T, E);
   const int64_t T = logits_TE.size(0), E = logits_TE.size(1), K = top_k;
@@ -66,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_router(
                                 .E = E,
                                 .K = K,
                                 .dtype = dtype};
-  CPU_KERNEL(topk_router_cpu)(params);
+  RUN_KERNEL("topk_router", topk_router, logits, params);
   return {weight_TK, prob_E, z, chosen_TK, count_E, entropy, num_tokens};
 }
 
@@ -76,6 +72,7 @@ Tensor topk_router_backward(const Tensor& dweight_TK,
                             const Tensor& logits_TE,
                             const Tensor& expert_TK,
                             const Optional& mask_T) {
+  CHECK_DEVICE("topk_router_backward", logits_TE, dweight_TK, dprob_E, dz, expert_TK, mask_T);
   const Dtype dtype = FLOAT_DTYPE("topk_router_backward", logits_TE);
   CHECK_DIMS("topk_router_backward", logits_TE, T, E);
   CHECK_DIMS("topk_router_backward", expert_TK, T, K);
@@ -104,13 +101,13 @@ Tensor topk_router_backward(const Tensor& dweight_TK,
                                         .E = E,
                                         .K = K,
                                         .dtype = dtype};
-  CPU_KERNEL(topk_router_backward_cpu)(params);
+  RUN_KERNEL("topk_router_backward", topk_router_backward, logits, params);
   return dlogits_TE;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mixlora, CPU, m) {
+REGISTER_KERNELS(m) {
   m.impl("topk_router", TORCH_BOX(&topk_router));
   m.impl("topk_router_backward", TORCH_BOX(&topk_router_backward));
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/cuda.h"
 #include "common/dtype.h"
 #include "common/isa.h"
 
@@ -37,6 +38,8 @@ struct TopkRouterBackwardParams {
 };
 
 DECLARE_CPU_KERNEL(void, topk_router_cpu, const TopkRouterParams& p)
+DECLARE_CUDA_KERNEL(topk_router_cuda, const TopkRouterParams& p)
 DECLARE_CPU_KERNEL(void, topk_router_backward_cpu, const TopkRouterBackwardParams& p)
+DECLARE_CUDA_KERNEL(topk_router_backward_cuda, const TopkRouterBackwardParams& p)
 
 }  // namespace mixlora

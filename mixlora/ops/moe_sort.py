@@ -15,8 +15,8 @@ T=3, K=2, E=3, experts (0,2) (1,2) (0,-):
     token_order_T   = [2, 0, 1]                  -1 comes before every expert
 
 All tensors are int32. Any slot may be empty (-1); other values outside [0, E) are an error, which
-only the CPU kernel can report. T may be 0, experts may own no rows, a token may repeat an expert.
-The order is total: the plan is a function of expert_TK alone. No gradient.
+on a GPU an assertion of the kernel reports. T may be 0, experts may own no rows, a token may repeat
+an expert. The order is total: the plan is a function of expert_TK alone. No gradient.
 """
 
 from typing import NamedTuple

@@ -7,6 +7,7 @@ from tests.kernels import (
     assert_any_number_of_threads,
     assert_compiles,
     every_instruction_set,
+    only_cpu,
     poisoned,
     said_with,
 )
@@ -80,6 +81,7 @@ def test_any_width(D: int) -> None:
     assert_close(dx_TD, wanted_TD)
 
 
+@only_cpu
 def test_compile() -> None:
     plan = some_plan(*ROUTINGS["empty slots"])
 
@@ -89,6 +91,7 @@ def test_compile() -> None:
     assert_compiles(loss, normal(24, 7).requires_grad_())
 
 
+@only_cpu
 @pytest.mark.parametrize("name", ["empty slots", "no token", "one slot", "one expert"])
 def test_opcheck(name: str) -> None:
     plan, x_TD = some_plan(*ROUTINGS[name]), normal(ROUTINGS[name][0], 7).requires_grad_()
@@ -96,6 +99,7 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(torch.ops.mixlora.moe_gather.default, arguments)
 
 
+@only_cpu
 def test_any_number_of_threads() -> None:
     plan = some_plan(3000, 2, 8, "empty slots")
     x_TD, dx_ND = normal(3000, 40).requires_grad_(), normal(6000, 40, seed=1)

@@ -7,6 +7,7 @@ from tests.kernels import (
     assert_any_number_of_threads,
     assert_compiles,
     every_instruction_set,
+    only_cpu,
     poisoned,
     said_with,
 )
@@ -123,6 +124,7 @@ def test_against_reference(weighted: bool, D: int, dtype: torch.dtype) -> None:
                 assert_close_to_ref64(a, b, b64)
 
 
+@only_cpu  # of a GPU's they are the processor's
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_16_bit_number_and_what_rounds_to_it(dtype: torch.dtype) -> None:
     """Read as y and written as weight * 1, halfway cases and their neighbours among them."""
@@ -183,6 +185,21 @@ def test_non_contiguous(weighted: bool) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rows_begin_at_any_address(dtype: torch.dtype) -> None:
+    """Of a size that would fit long loads."""
+    plan, weight_TK = some_plan(*ROUTINGS["empty slots"]), normal(24, 3, seed=1, dtype=dtype)
+    y_ND, dy_TD = normal(72, 16, dtype=dtype), normal(24, 16, seed=2, dtype=dtype)
+    backward = torch.ops.mixlora.moe_scatter_backward
+    rows = plan.row_slot_N, plan.slot_row_TK
+    wanted = ops.moe_scatter(y_ND, plan), *backward(dy_TD, y_ND, *rows, weight_TK)
+    y_ND, dy_TD = (torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x) for x in (y_ND, dy_TD))
+    found = ops.moe_scatter(y_ND, plan), *backward(dy_TD, y_ND, *rows, weight_TK)
+    assert found[0].equal(wanted[0]) and found[1].equal(wanted[1])
+    assert_close(found[2], wanted[2])  # the sum of a row has another order
+
+
+@only_cpu
 def test_compile() -> None:
     plan = some_plan(*ROUTINGS["empty slots"])
 
@@ -192,6 +209,7 @@ def test_compile() -> None:
     assert_compiles(loss, normal(72, 7).requires_grad_(), normal(24, 3, seed=1).requires_grad_())
 
 
+@only_cpu
 @pytest.mark.parametrize("name", ["empty slots", "no token", "one slot", "one expert"])
 def test_opcheck(name: str) -> None:
     T, K, _, _ = ROUTINGS[name]
@@ -205,6 +223,7 @@ def test_opcheck(name: str) -> None:
         torch.library.opcheck(torch.ops.mixlora.moe_scatter.default, (y_ND, *rows, weight))
 
 
+@only_cpu
 def test_any_number_of_threads() -> None:
     plan = some_plan(3000, 2, 8, "empty slots")
     y_ND, weight_TK = normal(6000, 40).requires_grad_(), normal(3000, 2, seed=1).requires_grad_()

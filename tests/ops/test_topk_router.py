@@ -9,6 +9,7 @@ from tests.kernels import (
     assert_any_number_of_threads,
     assert_compiles,
     every_instruction_set,
+    only_cpu,
     poisoned,
     said_with,
 )
@@ -211,6 +212,7 @@ def test_non_contiguous(view) -> None:
     assert torch.equal(backward(*grads, torch.ones(()).double(), logits_TE, expert_TK, mask_T), far)
 
 
+@only_cpu
 def test_compile() -> None:
     mask_T = torch.arange(20) % 3 != 1
 
@@ -221,6 +223,7 @@ def test_compile() -> None:
     assert_compiles(loss, random_logits(20, 5).requires_grad_())
 
 
+@only_cpu
 @pytest.mark.parametrize("T, E, K", [(9, 5, 2), (0, 5, 2), (3, 1, 1)])
 def test_opcheck(T: int, E: int, K: int) -> None:
     logits_TE, mask_T = random_logits(T, E), torch.arange(T) % 3 != 1
@@ -233,6 +236,7 @@ def test_opcheck(T: int, E: int, K: int) -> None:
         torch.library.opcheck(torch.ops.mixlora.topk_router.default, arguments)
 
 
+@only_cpu
 def test_any_number_of_threads() -> None:
     logits_TE, mask_T = random_logits(5000, 8).float(), torch.arange(5000) % 3 != 1
     assert_any_number_of_threads(lambda: everything(ops.topk_router, logits_TE, 2, mask_T))

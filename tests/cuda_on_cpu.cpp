@@ -1,0 +1,533 @@
+// Executes CUDA kernels on the CPU (tests/cuda_on_cpu.h), and looks at every access to memory.
+//
+// The kernel files are compiled with -fsanitize=thread, whose calls at each load and store come
+// here instead of to ThreadSanitizer. By them is counted what each kernel moves, and a kernel ends
+// with an error where
+//   - two threads access the same bytes, one of them writes, and neither __syncthreads nor
+//     __syncwarp stands between the two (blocks have no order at all),
+//   - shared memory is read that nothing has written, or accessed beside its arrays,
+//   - an address is not a multiple of the size of what is loaded or stored.
+// In other builds (AddressSanitizer) nothing calls them.
+
+#include "cuda_on_cpu.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <sstream>
+#include <stdexcept>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#if !defined(__x86_64__)
+#error "the switch between threads is written for x86-64"
+#endif
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+// Keeps this thread's registers on its stack, and goes on where another was left.
+extern "C" void on_cpu_switch(void** left, void* other);
+asm(R"(
+.text
+.type on_cpu_switch, @function
+on_cpu_switch:
+  push %rbp
+  push %rbx
+  push %r12
+  push %r13
+  push %r14
+  push %r15
+  mov %rsp, (%rdi)
+  mov %rsi, %rsp
+  pop %r15
+  pop %r14
+  pop %r13
+  pop %r12
+  pop %rbx
+  pop %rbp
+  ret
+.size on_cpu_switch, .-on_cpu_switch
+)");
+
+// Where this library lies in memory: what is there is not the GPU's.
+extern "C" __attribute__((visibility("hidden"))) const char __ehdr_start, _end;
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace on_cpu {
+namespace {
+
+constexpr int kMaxThreads = 1024, kLanes = 32, kGap = 64;
+constexpr int64_t kStackBytes = 1 << 16, kArenaBytes = 128 * 1024, kFrameBytes = 1 << 16;
+
+enum class State { kReady, kBarrier, kCollective, kDone };
+
+struct Thread {
+  void* stack_pointer;
+  State state;
+  dim3 index;
+  int line;  // where it waits
+  uint32_t mask;
+  Join join;
+  const void* given;
+  void* taken;
+  uint32_t num_barriers, num_warp_barriers;
+};
+
+struct Array {
+  std::string key;
+  char* begin;
+  int64_t bytes;
+};
+
+// Blocks are numbered over all launches.
+struct Access {
+  uint32_t block = 0;
+  uint16_t thread = 0;
+  bool atomic = false;
+  uint32_t num_barriers = 0, num_warp_barriers = 0;
+};
+
+struct Cell {
+  Access writer, readers[2];  // of the readers the last two that differ
+};
+
+struct Count {
+  int64_t launches = 0, read_bytes = 0, written_bytes = 0;
+};
+
+// Two bytes of global memory, or one of shared memory, have a cell.
+constexpr uintptr_t kCellBytes = 2, kPageBytes = 4096;
+
+Thread threads[kMaxThreads];
+Thread* current;  // null: the host
+bool in_runtime;  // what it does itself, by templates that a kernel file may have too, is not seen
+int num_threads;
+void* scheduler;
+char *stacks, *arena, *frame;
+std::vector<Array> arrays;
+int64_t arena_used, dynamic_bytes;
+void (*thread_function)(const void*);
+const void* thread_context;
+std::string failure;
+
+enum class Order { kAscending, kDescending, kRandom };
+Order order;
+std::mt19937 generator;
+
+uint32_t block_number, first_block_of_launch;
+std::unordered_map<uintptr_t, std::unique_ptr<Cell[]>> pages;
+Cell shared_cells[kArenaBytes];
+std::map<std::string, Count> counts;
+Count* count;
+
+std::string text(const dim3& index) {
+  std::ostringstream text;
+  text << "(" << index.x << ", " << index.y << ", " << index.z << ")";
+  return text.str();
+}
+
+void switch_to(Thread& thread) {
+  current = &thread;
+  threadIdx = thread.index;
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake_stack;
+  const char* stack = stacks + (&thread - threads) * kStackBytes;
+  __sanitizer_start_switch_fiber(&fake_stack, stack, kStackBytes);
+#endif
+  on_cpu_switch(&scheduler, thread.stack_pointer);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+#endif
+  current = nullptr;
+}
+
+#if defined(__SANITIZE_ADDRESS__)
+const void* host_stack;
+size_t host_stack_bytes;
+#endif
+
+// The thread goes on when its state is kReady again.
+void wait(State state, int line) {
+  Thread& thread = *current;
+  thread.state = state;
+  thread.line = line;
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake_stack;
+  __sanitizer_start_switch_fiber(&fake_stack, host_stack, host_stack_bytes);
+#endif
+  on_cpu_switch(&thread.stack_pointer, scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake_stack, &host_stack, &host_stack_bytes);
+#endif
+}
+
+void thread_main() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &host_stack, &host_stack_bytes);
+#endif
+  thread_function(thread_context);
+  wait(State::kDone, 0);
+}
+
+void prepare(Thread& thread, int i) {
+  char* stack = stacks + i * kStackBytes;
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_UNPOISON_MEMORY_REGION(stack, kStackBytes);
+#endif
+  // As if thread_main had been called, and had called on_cpu_switch.
+  void** top = reinterpret_cast<void**>(stack + kStackBytes);
+  top[-1] = nullptr;
+  top[-2] = reinterpret_cast<void*>(&thread_main);
+  std::fill(top - 8, top - 2, nullptr);
+  thread = {};
+  thread.stack_pointer = top - 8;
+  thread.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
+}
+
+// The lowest, the highest or any of the first `size` numbers.
+int choose(int size) {
+  if (order == Order::kAscending) return 0;
+  return order == Order::kDescending ? size - 1 : generator() % size;
+}
+
+std::vector<int> all_in_order(int first, int size) {
+  std::vector<int> numbers(size);
+  std::iota(numbers.begin(), numbers.end(), first);
+  if (order == Order::kDescending) std::reverse(numbers.begin(), numbers.end());
+  if (order == Order::kRandom) std::shuffle(numbers.begin(), numbers.end(), generator);
+  return numbers;
+}
+
+// Whether every lane of the mask has come to the same collective; then it is over.
+bool finish_collective(Thread* warp, int num_lanes, const Thread& first) {
+  uint32_t lanes = 0;
+  const void* given[kLanes];
+  void* taken[kLanes];
+  for (int lane = 0; lane < num_lanes; ++lane) {
+    const Thread& thread = warp[lane];
+    if (!(first.mask >> lane & 1) || thread.state == State::kDone) continue;
+    if (thread.state != State::kCollective || thread.mask != first.mask) return false;
+    if (thread.join != first.join || thread.line != first.line) {
+      fail("lanes of a warp are in different collectives, in lines " + std::to_string(first.line) +
+           " and " + std::to_string(thread.line));
+    }
+    lanes |= 1u << lane;
+    given[lane] = thread.given;
+    taken[lane] = thread.taken;
+  }
+  if (first.join) first.join(lanes, given, taken);
+  for (int lane = 0; lane < num_lanes; ++lane) {
+    if (lanes >> lane & 1) {
+      warp[lane].state = State::kReady;
+      warp[lane].num_warp_barriers += first.join == nullptr;
+    }
+  }
+  return true;
+}
+
+// Runs a warp's threads until each waits for something; false if all did already.
+bool advance(int warp) {
+  const int first = warp * kLanes, size = std::min(kLanes, num_threads - first);
+  bool any = false;
+  for (int i : all_in_order(first, size)) {
+    if (threads[i].state != State::kReady) continue;
+    any = true;
+    switch_to(threads[i]);
+    if (!failure.empty()) throw std::runtime_error(failure);
+  }
+  for (int i = first; i < first + size && !any; ++i) {
+    if (threads[i].state == State::kCollective) {
+      any = finish_collective(threads + first, size, threads[i]);
+    }
+  }
+  return any;
+}
+
+void finish_barrier() {
+  const Thread& first = threads[0];
+  for (int i = 0; i < num_threads; ++i) {
+    Thread& thread = threads[i];
+    if (thread.state == State::kCollective) {
+      fail("thread " + text(thread.index) + " waits in line " + std::to_string(thread.line) +
+           " for lanes that do not come");
+    }
+    if (thread.state != first.state || thread.line != first.line) {
+      fail("threads are at different barriers: " + text(first.index) + " in line " +
+           std::to_string(first.line) + ", " + text(thread.index) + " in line " +
+           std::to_string(thread.line) + " (0: at the end)");
+    }
+  }
+  for (int i = 0; i < num_threads && first.state != State::kDone; ++i) {
+    threads[i].state = State::kReady;
+    ++threads[i].num_barriers;
+  }
+}
+
+void run_block() {
+  ++block_number;
+  arrays.clear();
+  arena_used = kGap;
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_POISON_MEMORY_REGION(arena, kArenaBytes);
+#endif
+  for (int i = 0; i < num_threads; ++i) prepare(threads[i], i);
+  while (threads[0].state != State::kDone) {
+    std::vector<int> warps((num_threads + kLanes - 1) / kLanes);
+    std::iota(warps.begin(), warps.end(), 0);
+    while (!warps.empty()) {
+      const auto warp = warps.begin() + choose(warps.size());
+      if (!advance(*warp)) warps.erase(warp);
+    }
+    finish_barrier();
+  }
+}
+
+std::string name_of_kernel(const std::string& start) {
+  const size_t begin = start.find("kKernel = "), end = start.find(";", begin);
+  std::string name = start.substr(begin, end - begin);
+  for (const std::string part : {"kKernel = ", "mixlora::", "{anonymous}::"}) {
+    for (size_t at; (at = name.find(part)) != std::string::npos;) name.erase(at, part.size());
+  }
+  return name;
+}
+
+Access this_access(bool atomic) {
+  return {block_number,
+          static_cast<uint16_t>(current - threads),
+          atomic,
+          current->num_barriers,
+          current->num_warp_barriers};
+}
+
+bool same_thread(const Access& a, const Access& b) {
+  return a.block == b.block && a.thread == b.thread;
+}
+
+bool ordered(const Access& before, const Access& now) {
+  if (before.block < first_block_of_launch || same_thread(before, now)) return true;
+  if (before.block != now.block) return false;
+  if (now.num_barriers > before.num_barriers) return true;
+  const bool same_warp = before.thread / kLanes == now.thread / kLanes;
+  return same_warp && now.num_warp_barriers > before.num_warp_barriers;
+}
+
+void check_order(const char* what, const Access& before, const Access& now) {
+  if (ordered(before, now) || (before.atomic && now.atomic)) return;
+  fail(std::string(what) + " is not ordered after an access by thread " +
+       text(threads[before.thread].index) + (before.block == now.block ? "" : " of another block"));
+}
+
+// Whether this block is the first time at the cell, as a reader or as a writer.
+bool enter(Cell& cell, bool write, bool atomic) {
+  const Access now = this_access(atomic);
+  check_order(write ? "a store" : "a load", cell.writer, now);
+  if (write) {
+    for (const Access& reader : cell.readers) check_order("a store", reader, now);
+    return std::exchange(cell.writer, now).block != now.block;
+  }
+  const Access before = cell.readers[0];
+  if (!same_thread(before, now)) cell.readers[1] = before;
+  cell.readers[0] = now;
+  return before.block != now.block;
+}
+
+void enter_shared(char* p, int64_t bytes, bool write, bool atomic) {
+  const auto around = [&](const Array& x) {
+    return x.begin <= p && p + bytes <= x.begin + x.bytes;
+  };
+  if (std::none_of(arrays.begin(), arrays.end(), around)) fail("beside a shared array");
+  for (char* byte = p; byte < p + bytes; ++byte) {
+    Cell& cell = shared_cells[byte - arena];
+    if (!write && cell.writer.block != block_number) fail("a load of unwritten shared memory");
+    enter(cell, write, atomic);
+  }
+}
+
+void enter_global(uintptr_t p, int64_t bytes, bool write, bool atomic) {
+  for (uintptr_t at = p / kCellBytes * kCellBytes; at < p + bytes; at += kCellBytes) {
+    auto& page = pages[at / kPageBytes];
+    if (!page) page = std::make_unique<Cell[]>(kPageBytes / kCellBytes);
+    if (enter(page[at % kPageBytes / kCellBytes], write, atomic)) {
+      (write ? count->written_bytes : count->read_bytes) += std::min<int64_t>(bytes, kCellBytes);
+    }
+  }
+}
+
+struct InRuntime {
+  InRuntime() { in_runtime = true; }
+  ~InRuntime() { in_runtime = false; }
+};
+
+void enter(void* p, int64_t bytes, bool write, bool atomic = false) {
+  if (!current || in_runtime) return;
+  const InRuntime guard;
+  char* const address = static_cast<char*>(p);
+  const auto within = [&](const char* begin, int64_t size) {
+    return begin <= address && address < begin + size;
+  };
+  if (within(stacks, kMaxThreads * kStackBytes) || within(frame, kFrameBytes)) return;
+  if (bytes <= 16 && (bytes & (bytes - 1)) == 0) check_aligned(p, bytes);
+  if (within(arena, kArenaBytes)) return enter_shared(address, bytes, write, atomic);
+  if (within(&__ehdr_start, &_end - &__ehdr_start)) return;
+  enter_global(reinterpret_cast<uintptr_t>(p), bytes, write, atomic);
+}
+
+}  // namespace
+
+// The block ends; in a collective's join, which the host runs, by an exception.
+void fail(const std::string& message) {
+  if (!current) throw std::runtime_error(message);
+  in_runtime = true;
+  failure = message + ", thread " + text(threadIdx);
+  wait(State::kDone, 0);
+  __builtin_unreachable();
+}
+
+void collective(uint32_t mask, int line, Join join, const void* given, void* taken) {
+  if (!(mask >> lane() & 1)) fail("the mask is without the lane, line " + std::to_string(line));
+  current->mask = mask;
+  current->join = join;
+  current->given = given;
+  current->taken = taken;
+  wait(State::kCollective, line);
+}
+
+// All threads of a block that come to one line get one array; it holds what is NaN in every type.
+void* shared_array(const char* file, int line, int64_t bytes) {
+  const InRuntime guard;
+  const std::string key = file + (":" + std::to_string(line));
+  for (const Array& array : arrays) {
+    if (array.key == key) return array.begin;
+  }
+  char* begin = arena + (arena_used + kGap - 1) / kGap * kGap;
+  arena_used = begin + bytes + kGap - arena;
+  if (arena_used > kArenaBytes) fail("too much shared memory");
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_UNPOISON_MEMORY_REGION(begin, bytes);
+#endif
+  std::fill_n(begin, bytes, 0xff);
+  std::fill_n(shared_cells + (begin - arena), bytes, Cell{});
+  arrays.push_back({key, begin, bytes});
+  return begin;
+}
+
+void check_aligned(const void* p, int64_t bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes) {
+    fail("an address is no multiple of " + std::to_string(bytes));
+  }
+}
+
+void* dynamic_shared() { return shared_array("dynamic", 0, dynamic_bytes); }
+
+int atomic_add(int* p, int x) {
+  enter(p, sizeof(int), true, true);
+  return std::exchange(*p, *p + x);
+}
+
+void run(const std::string& start,
+         dim3 grid,
+         dim3 block,
+         int64_t shared_bytes,
+         std::string& error,
+         void (*thread)(const void*),
+         const void* context) {
+  const int64_t num_blocks = int64_t{1} * grid.x * grid.y * grid.z;
+  const int64_t size = int64_t{1} * block.x * block.y * block.z;
+  const bool fits = grid.x < 1u << 31 && grid.y < 1 << 16 && grid.z < 1 << 16 && block.z <= 64;
+  if (!fits || num_blocks < 1 || size < 1 || size > kMaxThreads) {
+    error = "invalid configuration argument";
+    return;
+  }
+  if (!stacks) {
+    const auto new_memory = [](int64_t bytes) {
+      return static_cast<char*>(mmap(nullptr,
+                                     bytes,
+                                     PROT_READ | PROT_WRITE,
+                                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                                     -1,
+                                     0));
+    };
+    stacks = new_memory(kMaxThreads * kStackBytes);
+    arena = new_memory(kArenaBytes);
+  }
+  frame = static_cast<char*>(__builtin_frame_address(0));
+  gridDim = grid;
+  blockDim = block;
+  num_threads = size;
+  dynamic_bytes = shared_bytes;
+  thread_function = thread;
+  thread_context = context;
+  const std::string name = name_of_kernel(start);
+  count = &counts[name];
+  ++count->launches;
+  first_block_of_launch = block_number + 1;
+  failure.clear();
+  in_runtime = false;
+  try {
+    for (int64_t b : all_in_order(0, num_blocks)) {
+      blockIdx = {static_cast<unsigned>(b % grid.x),
+                  static_cast<unsigned>(b / grid.x % grid.y),
+                  static_cast<unsigned>(b / grid.x / grid.y)};
+      run_block();
+    }
+  } catch (const std::runtime_error& failed) {
+    error = name + ", block " + text(blockIdx) + ": " + failed.what();
+  }
+}
+
+}  // namespace on_cpu
+
+void __syncthreads(int line) { on_cpu::wait(on_cpu::State::kBarrier, line); }
+void __syncwarp(uint32_t mask, int line) {
+  on_cpu::collective(mask, line, nullptr, nullptr, nullptr);
+}
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT void on_cpu_set_order(int order, unsigned seed) {
+  on_cpu::order = static_cast<on_cpu::Order>(order);
+  on_cpu::generator.seed(seed);
+}
+
+// "<kernel>\t<launches>\t<bytes read>\t<bytes written>\n" of each kernel since the last call. What
+// a block accesses again is not counted again.
+EXPORT const char* on_cpu_counts() {
+  static std::string said;
+  std::ostringstream lines;
+  for (const auto& [kernel, count] : on_cpu::counts) {
+    lines << kernel << "\t" << count.launches << "\t" << count.read_bytes << "\t"
+          << count.written_bytes << "\n";
+  }
+  on_cpu::counts.clear();
+  return (said = lines.str()).c_str();
+}
+
+extern "C" {
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_read(void**) {}
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_read_range(void* p, long bytes) { on_cpu::enter(p, bytes, false); }
+void __tsan_write_range(void* p, long bytes) { on_cpu::enter(p, bytes, true); }
+
+#define HOOKS(bytes)                                                             \
+  void __tsan_read##bytes(void* p) { on_cpu::enter(p, bytes, false); }           \
+  void __tsan_write##bytes(void* p) { on_cpu::enter(p, bytes, true); }           \
+  void __tsan_unaligned_read##bytes(void* p) { on_cpu::enter(p, bytes, false); } \
+  void __tsan_unaligned_write##bytes(void* p) { on_cpu::enter(p, bytes, true); }
+HOOKS(1)
+HOOKS(2)
+HOOKS(4)
+HOOKS(8)
+HOOKS(16)
+}

@@ -1,0 +1,123 @@
+"""The CUDA kernels in place of the CPU's, executed on the CPU by tests/cuda_on_cpu.cpp.
+
+with cuda_on_cpu("descending"):
+    ops.moe_gather(x_TD, plan)          the tensors are the CPU's, the kernel is the .cu file's
+
+The threads of a block run as far as they can in this order, the lowest first, the highest first, or
+any; blocks follow each other in it.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from mixlora import ops  # noqa: F401  loads torch.ops.mixlora
+
+ROOT = Path(__file__).resolve().parents[1]
+SANITIZER = os.environ.get("MIXLORA_CUDA_ON_CPU_FLAGS", "")  # tools/sanitize.py
+CXX = os.environ.get("CXX", "g++")
+ORDERS = ("ascending", "descending", "random")
+OPS = sorted(path.parent.name for path in ROOT.glob("csrc/*/*_cuda.cu"))
+KERNELS = [op for op in OPS for op in (op, f"{op}_backward") if hasattr(torch.ops.mixlora, op)]
+TORCH = Path(torch.__file__).parent
+FLAGS = "-std=c++20 -Wall -Wno-unknown-pragmas -fPIC -fvisibility=hidden -MMD -Icsrc -Itests -g1"
+NINJA = """rule compile
+  command = {cxx} {flags} $flags -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = {cxx} -shared $in -o $out {more_flags} -L{torch}/lib -ltorch_cpu
+"""
+
+# Why the kernels cannot be executed here, if so.
+MISSING = (
+    f"{CXX} is not found"
+    if not shutil.which(CXX)
+    else ""
+    if os.uname().machine == "x86_64"
+    else "this is no x86-64"
+)
+
+
+def build(folder: Path) -> Path:
+    """Only what has changed. What -fsanitize=thread calls is in tests/cuda_on_cpu.cpp, which sees
+    nothing where another sanitizer takes its place."""
+    more_flags = SANITIZER
+    kernel_flags = "-O1" if SANITIZER else "-O1 -fsanitize=thread"
+    entry = f"-O1 -DMIXLORA_CUDA_ON_CPU -DTORCH_TARGET_VERSION=0x020b000000000000 -I{TORCH}/include"
+    jobs = [("tests/cuda_on_cpu.cpp", "-O2")]
+    for op in OPS:
+        jobs.append((f"csrc/{op}/{op}_cuda.cu", f"{kernel_flags} -x c++"))
+        jobs.append((f"csrc/{op}/{op}.cpp", entry))
+    text = NINJA.format(cxx=CXX, flags=f"{FLAGS} {more_flags}", more_flags=more_flags, torch=TORCH)
+    objects = [folder / f"{Path(source).name}.o" for source, _ in jobs]
+    for (source, flags), output in zip(jobs, objects, strict=True):
+        text += f"build {output}: compile {source}\n flags = {flags}\n"
+    library = folder / "cuda_on_cpu.so"
+    text += f"build {library}: link {' '.join(map(str, objects))}\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text(f"builddir = {folder}\n{text}")
+    command = [sys.executable, "-m", "ninja", "-f", str(folder / "build.ninja")]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    return library
+
+
+@cache
+def load() -> ctypes.CDLL | str:
+    """The runtime, or why there is none. The kernels are registered then, for a key of the
+    dispatcher that nothing else uses."""
+    try:
+        path = build(ROOT / "build/cuda_on_cpu")
+    except subprocess.CalledProcessError as error:
+        return error.stdout[-4000:]
+    library = ctypes.CDLL(str(path))
+    library.on_cpu_counts.restype = ctypes.c_char_p
+    return library
+
+
+def runtime() -> ctypes.CDLL:
+    library = load()
+    assert not isinstance(library, str), library
+    return library
+
+
+def call(kernel: str, *arguments: object) -> object:
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
+    return getattr(torch.ops.mixlora, kernel).default.redispatch(keys, *arguments)
+
+
+@contextmanager
+def cuda_on_cpu(order: str = "ascending") -> Iterator[None]:
+    runtime().on_cpu_set_order(ORDERS.index(order), 0)
+    library = torch.library.Library("mixlora", "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+            for kernel in KERNELS:
+                library.impl(kernel, partial(call, kernel), "CPU")
+        yield
+    finally:
+        library._destroy()
+
+
+class Count(NamedTuple):
+    launches: int
+    read_bytes: int
+    written_bytes: int
+
+
+def counts() -> dict[str, Count]:
+    """By kernel, since the last call: of global memory, each byte once for each block."""
+    lines = runtime().on_cpu_counts().decode().splitlines()
+    rows = [line.split("\t") for line in lines]
+    return {kernel: Count(*map(int, numbers)) for kernel, *numbers in rows}
