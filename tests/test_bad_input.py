@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ARC_ROWS, make_checkpoint, make_tokenizer, write_rows
 
 import evaluate
 import generate
@@ -20,6 +19,7 @@ import mixlora
 import models
 import train
 from mixlora.files import TensorFile, read_json, write_json, write_tensors
+from tests.conftest import ARC_ROWS, make_checkpoint, make_tokenizer, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """\

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARC_ROWS, make_tokenizer, write_rows
 
 import models
 from mixlora.data import (
@@ -26,6 +25,7 @@ from mixlora.data import (
 from mixlora.errors import InputError
 from mixlora.tasks import load_examples
 from mixlora.tokenizer import Tokenizer
+from tests.conftest import ARC_ROWS, make_tokenizer, write_rows
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data"
 LLAMA = REAL / "tokenizers/llama2.model"

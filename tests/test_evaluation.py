@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_rows
 
 import evaluate
 import models
@@ -25,6 +24,7 @@ from mixlora.report import accuracy_table, averages, code_commit
 from mixlora.tasks import load_examples
 from mixlora.tasks.choice import Example
 from mixlora.tokenizer import Tokenizer
+from tests.conftest import write_rows
 
 LETTERS = Example("the cat sat on\nAnswer:", ("A", "B", "C"), 1)
 DIGITS = Example("ten dogs ran\nAnswer:", ("1", "2", "3"), 0)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_rows
 
 import evaluate
 import models
@@ -18,6 +17,7 @@ from mixlora.layers.adapted_model import AdaptedModel
 from mixlora.tasks import TASKS
 from mixlora.tasks.choice import Example
 from mixlora.tokenizer import Tokenizer
+from tests.conftest import write_rows
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
 REAL = SHARED / "tasks"

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ARC_ROWS, make_tokenizer, write_rows
 
 from mixlora.data import DataConfig, Dataset, Sample, load_dataset
 from mixlora.errors import InputError
@@ -12,6 +11,7 @@ from mixlora.files import write_json
 from mixlora.sources import Columns, Source
 from mixlora.templates import TEMPLATES
 from mixlora.tokenizer import Tokenizer
+from tests.conftest import ARC_ROWS, make_tokenizer, write_rows
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data"
 CHAT = (

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_tokenizer
 
 import generate
 from mixlora.errors import InputError
 from mixlora.files import write_json
 from mixlora.templates import ChatTemplate, find_template, read_template
 from mixlora.tokenizer import Tokenizer
+from tests.conftest import make_tokenizer
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data"
 INSTRUCT = REAL / "instruct/alpaca_prompt.json"

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
-from conftest import make_tokenizer
 from transformers.tokenization_utils_base import generate_merges
 
 from mixlora.errors import InputError
 from mixlora.files import write_json
 from mixlora.tokenizer import Tokenizer
+from tests.conftest import make_tokenizer
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data")

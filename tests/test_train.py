@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import write_rows
 
 import mixlora
 import models
@@ -17,6 +16,7 @@ from mixlora.data import DataConfig, Order, Sample, collate, load_dataset
 from mixlora.files import TensorFile
 from mixlora.sources import Source
 from mixlora.tokenizer import Tokenizer
+from tests.conftest import write_rows
 
 MIXLORA = {"routing_strategy": "mixlora", "r": 4, "num_experts": 4, "lora_dropout": 0.1}
 LORA = {"r": 8, "lora_dropout": 0.1}
