@@ -116,6 +116,7 @@ def test_chosen_experts_are_kept() -> None:
         assert torch.equal(a, b)
 
 
+@only_cpu  # on the CPU, CUDA kernels are too slow for so many calls
 @pytest.mark.parametrize("T, E, K", [(7, 5, 2), (3, 9, 9), (4, 3, 1), (2, 1, 1), (3, 17, 4)])
 @pytest.mark.parametrize("padding", [False, True])
 def test_gradients(T: int, E: int, K: int, padding: bool) -> None:
