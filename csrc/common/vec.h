@@ -14,6 +14,10 @@
 //   });
 #pragma once
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -196,20 +200,36 @@ INLINE auto max(V x) {
   return reduce(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
+// The larger and the smaller of x and a number, a NaN for a NaN. Compilers compare and blend.
+INLINE Vec<float> at_least(Vec<float> x, float low) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_max_ps((__m512)splat(low), (__m512)x);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_max_ps((__m256)splat(low), (__m256)x);
+#else
+  return x < splat(low) ? splat(low) : x;
+#endif
+}
+INLINE Vec<float> at_most(Vec<float> x, float high) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_min_ps((__m512)splat(high), (__m512)x);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_min_ps((__m256)splat(high), (__m256)x);
+#else
+  return x > splat(high) ? splat(high) : x;
+#endif
+}
+
 // e^x, clamped to what a normal number holds; within 2 units in the last place.
 INLINE Vec<float> exp(Vec<float> x) {
-  const Vec<float> low = splat(-87.33654f), high = splat(88.02969f);
-  x = x < low ? low : x;
-  x = x > high ? high : x;
+  x = at_most(at_least(x, -87.33654f), 88.02969f);
   const Vec<float> magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number
   const Vec<float> shifted = x * 1.44269504f + magic, whole = shifted - magic;
-  const Vec<float> rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  Vec<float> y = splat(8.3125015e-3f);  // least error of its degree on [-log(2) / 2, log(2) / 2]
-  y = y * rest + 4.1890332e-2f;
-  y = y * rest + 1.6667116e-1f;
-  y = y * rest + 4.9999230e-1f;
-  y = y * rest + 1.f;
-  y = y * rest + 1.f;
+  const Vec<float> rest = x - whole * 0.693359375f + whole * 2.12194440e-4f, square = rest * rest;
+  // least error of its degree on [-log(2) / 2, log(2) / 2]; the sums do not wait for one another
+  const Vec<float> high = rest * 8.3125015e-3f + 4.1890332e-2f;
+  const Vec<float> middle = rest * 1.6667116e-1f + 4.9999230e-1f, low = rest + 1.f;
+  const Vec<float> y = (high * square + middle) * square + low;
   // The whole number, in the last bits of `shifted`, goes to y's exponent.
   return (Vec<float>)((Ints)y + ((Ints)shifted << 23));
 }

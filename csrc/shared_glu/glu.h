@@ -22,7 +22,7 @@
 
 namespace mixlora::MIXLORA_ISA {
 
-inline constexpr int kColumns = 160;  // of a chunk
+inline constexpr int kColumns = 256;  // of a chunk
 inline constexpr int kTileRows = 8;
 inline constexpr int64_t kBlockTokens = 256;
 inline constexpr int kStepRows = kVectorBytes == 64 ? 8 : 4;  // of a product, in registers
@@ -125,6 +125,19 @@ INLINE void add_product(const S* c, const S* a, int64_t M, int64_t steps, const 
     }
   }
 }
+
+// Rows that are soon read: they lie on pages of their own, where no prefetcher of the processor
+// foresees them. Their lines are fetched one by one beside the arithmetic, since many at once would
+// make it wait.
+template <size_t kTensors>
+struct Ahead {
+  const char* rows[kTensors];
+  int64_t bytes;  // of an element
+
+  INLINE void fetch(int64_t column) const {
+    for (const char* row : rows) __builtin_prefetch(row + column * bytes);
+  }
+};
 
 // One of the two projections that enter the activation.
 template <class S>
@@ -252,6 +265,21 @@ class Glu {
     if (columns == kColumns) return static_cast<const S*>(x_TF) + at;
     copy_padded(static_cast<const S*>(x_TF) + at, columns, kColumns, copy);
     return copy;
+  }
+  // Of the row that takes n's place in the next tile.
+  template <size_t kTensors>
+  Ahead<kTensors> ahead_of(const Block& block,
+                           int64_t n,
+                           int64_t chunk,
+                           const void* const (&x_TF)[kTensors]) const {
+    const int64_t next = std::min(n + kTileRows, block.end - 1);
+    const int64_t at = std::max(rows.slot_N[next], 0) / p.slots * p.ffn + chunk * kColumns;
+    Ahead<kTensors> ahead{};
+    ahead.bytes = p.dtype == GluDtype::kBf16 ? sizeof(Bf16) : sizeof(S);
+    for (size_t i = 0; i < kTensors; ++i) {
+      ahead.rows[i] = static_cast<const char*>(x_TF[i]) + at * ahead.bytes;
+    }
+    return ahead;
   }
   void write_chunk(const S* x, void* y_TF, int64_t t, int64_t chunk) const {
     const int64_t at = t * p.ffn + chunk * kColumns;

@@ -12,6 +12,7 @@ struct RowGradient {
   S* h;          // in: what comes from z, dropped; out: h_k
   const S* dhbar;
   S weight;
+  Ahead<3> ahead;
 };
 
 // Returns <dhbar, h>.
@@ -19,6 +20,7 @@ template <Activation kAct, class S>
 S differentiate_row(RowGradient<S> row) {
   Vec<S> dweight = {};
   for (int64_t j = 0; j < kColumns; j += kWidth<S>) {
+    row.ahead.fetch(j);
     Vec<S> value, slope;
     activate<kAct>(load(row.gate + j), value, slope);
     const Vec<S> up = load(row.up + j), dhbar = load(row.dhbar + j), h = value * up;
@@ -149,9 +151,10 @@ class Backward : Glu<S, kRanks> {
         const int64_t n = tile.begin + m, at = m * kColumns;
         const bool drops = has_down && p.dropout > 0;
         if (drops) this->drop(h + at, n, chunk);
+        const auto ahead = this->ahead_of(block, n, chunk, {p.gate_TF, p.up_TF, p.dhbar_TF});
         const S* dhbar_m = this->chunk_of(p.dhbar_TF, n, chunk, dhbar);
         dweight_[chunk * partial_rows_ + n - first_row_] =
-            differentiate_row_({gate + at, up + at, h + at, dhbar_m, this->weight_of(n)});
+            differentiate_row_({gate + at, up + at, h + at, dhbar_m, this->weight_of(n), ahead});
         if (drops) this->drop(h + at, n, chunk);
       }
       unscale(this->gate, tile, chunk, gate_before, gate, p.dscale_gate_EF);

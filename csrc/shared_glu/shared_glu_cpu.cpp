@@ -3,12 +3,13 @@
 namespace mixlora::MIXLORA_ISA {
 namespace {
 
-constexpr int64_t kStripChunks = 8;  // the sums of z are for so many
+constexpr int64_t kStripChunks = 4;  // the sums of z are for so many
 
 // h = act(gate) up, in gate's place; sum += weight h.
 template <Activation kAct, class S>
-void activate_row(S* gate, const S* up, S weight, S* sum) {
+void activate_row(S* gate, const S* up, S weight, S* sum, Ahead<2> ahead) {
   for (int64_t j = 0; j < kColumns; j += kWidth<S>) {
+    ahead.fetch(j);
     Vec<S> value, slope;
     activate<kAct>(load(gate + j), value, slope);
     value *= load(up + j);
@@ -45,7 +46,7 @@ class Forward : Glu<S, kRanks> {
   }
 
  private:
-  void (*activate_row_)(S*, const S*, S, S*);
+  void (*activate_row_)(S*, const S*, S, S*, Ahead<2>);
   Buffer<S> a_down_EFR_;
   Buffer<S> z_NR_;  // strip by strip
 
@@ -64,7 +65,8 @@ class Forward : Glu<S, kRanks> {
         for (int64_t n = tile.begin; n < tile.end; ++n) {
           const int64_t m = (n - tile.begin) * kColumns;
           S* sum = sums + rows.place_N[n] * kColumns;
-          activate_row_(gate + m, up + m, this->weight_of(n), sum);
+          const auto ahead = this->ahead_of(block, n, chunk, {p.gate_TF, p.up_TF});
+          activate_row_(gate + m, up + m, this->weight_of(n), sum, ahead);
           if (has_down && p.dropout > 0) this->drop(gate + m, n, chunk);
         }
         if (!has_down) continue;
