@@ -72,7 +72,8 @@ def ninja_file(cxx: str, nvcc: str | None, output: str) -> str:
     cuda = sorted(Path("csrc").rglob("*.cu")) if nvcc and torch.version.cuda else []
     archs = cuda_archs() if cuda else []
     macros = {"COMPILER": version(cxx), "TORCH": torch.__version__, "CUDA_ARCHS": " ".join(archs)}
-    includes = [f"{TORCH}/include", pybind11.get_include(), sysconfig.get_path("include")]
+    # pybind11 of its own package first: torch brings one that refuses the stable ABI
+    includes = [pybind11.get_include(), f"{TORCH}/include", sysconfig.get_path("include")]
     flags = "-O3 -MMD -Icsrc " + " ".join(f"-isystem {quote(path)}" for path in includes)
     flags += "".join(" " + quote(f'-DMIXLORA_{name}="{text}"') for name, text in macros.items())
     if len(ISA_FLAGS) == 1:  # csrc/common/isa.h
