@@ -114,7 +114,7 @@ def with_memory_on_gpu(x: Tensor) -> Tensor:
     """With its strides, its offset, and what lies between its elements."""
     memory = x.untyped_storage().cuda()
     place = x.storage_offset(), x.size(), x.stride()
-    return torch.empty(0, dtype=x.dtype, device="cuda").set_(memory, *place)
+    return torch.empty(0, dtype=x.dtype, device=memory.device).set_(memory, *place)
 
 
 @contextmanager
