@@ -31,6 +31,8 @@ BUILD = "build/kernels"
 ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 TORCH = Path(torch.__file__).parent
 CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+if not CUDA_HOME.exists() and shutil.which("nvcc"):
+    CUDA_HOME = Path(shutil.which("nvcc")).resolve().parents[1]
 CUDA_ARCHS = ["80", "86", "89", "90"]  # where no GPU says which
 ISA_FLAGS = {"default": ""}
 if os.uname().machine == "x86_64":
@@ -57,7 +59,7 @@ def cuda_archs() -> list[str]:
 def find_cuda(nvcc: str | None) -> str:
     """What will be built for a GPU, and why, in one line."""
     if not torch.version.cuda or not nvcc:
-        return "no CUDA kernels: " + (
+        return "no kernels: " + (
             "nvcc is not found" if torch.version.cuda else "torch is a CPU build"
         )
     archs = " ".join(f"sm_{arch}" for arch in cuda_archs())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import mixlora
 import models
-from benchmarks.bench_ops import ceilings, num_bytes
+from benchmarks.bench_ops import SHAPES, ceilings, num_bytes
 from benchmarks.bench_train_step import MODELS, SYSTEMS, chosen
 from benchmarks.harness import Rows, print_header, step_time, table
 from benchmarks.modes import MODES
@@ -85,7 +85,7 @@ def run(
 ) -> Rows:
     sizes = {**MODELS[model], "num_hidden_layers": num_layers}
     options = {"sizes": sizes, "dtype": dtype, "device": device}
-    best, _ = ceilings(getattr(torch, dtype), device, is_tiny=device == "cpu")
+    best, _ = ceilings(getattr(torch, dtype), device, SHAPES[device])
     of_peft = [name for name in names if SYSTEMS[name][0] == "peft"]
 
     def systems() -> Iterator[tuple[str, Any, Any]]:

@@ -3,9 +3,10 @@ machine can.
 
     python -m benchmarks.bench_ops [--device cuda] [--dtypes bfloat16 float32] [--tiny]
 
-LLaMA-2-7B's sizes, T 4096, R 16, E 8, K 2. Bytes are the least that can be: every tensor read or
-written once. The shares are of a copy of 512 MiB, read and written, and of a library product of
-8192 x 8192 x 8192, both measured here. "reference" is the PyTorch reference on the same device.
+R 16, E 8, K 2; on a GPU T 4096 and LLaMA-2-7B's D 4096, F 11008, else T 1024, D 1024, F 2816. Bytes
+are the least that can be: every tensor read or written once. The shares are of a copy, read and
+written, and of a library product of square matrices, both measured here. "reference" is the PyTorch
+reference on the same device.
 """
 
 import sys
@@ -31,8 +32,18 @@ class Sizes(NamedTuple):
     K: int
 
 
-SIZES = Sizes(T=4096, D=4096, F=11008, R=16, E=8, K=2)
-TINY = Sizes(T=24, D=32, F=48, R=4, E=8, K=2)
+class Shapes(NamedTuple):
+    of_ops: Sizes
+    copied: int  # bytes
+    side: int  # of the matrices
+    seconds: float  # for each time
+
+
+SHAPES = {
+    "cuda": Shapes(Sizes(T=4096, D=4096, F=11008, R=16, E=8, K=2), 1 << 29, 8192, 0.2),
+    "cpu": Shapes(Sizes(T=1024, D=1024, F=2816, R=16, E=8, K=2), 1 << 27, 1024, 0.2),
+    "tiny": Shapes(Sizes(T=24, D=32, F=48, R=4, E=8, K=2), 1 << 20, 128, 0.0),
+}
 
 
 class Op(NamedTuple):
@@ -122,14 +133,13 @@ def num_bytes(tensors: list[Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def ceilings(dtype: torch.dtype, device: str, is_tiny: bool) -> tuple[float, float]:
+def ceilings(dtype: torch.dtype, device: str, shapes: Shapes) -> tuple[float, float]:
     """Bytes and operations per second."""
-    seconds = 0.0 if is_tiny else 0.2
-    size, side = (1 << 20, 128) if is_tiny else (1 << 29, 8192)
-    source, target = torch.ones(2, size // 4, device=device)
-    a, b = torch.randn(2, side, side, device=device).to(dtype)
-    copy_time = alone(lambda: target.copy_(source), device, seconds)
-    return 2 * size / copy_time, 2 * side**3 / alone(lambda: a @ b, device, seconds)
+    source, target = torch.ones(2, shapes.copied // 4, device=device)
+    a, b = torch.randn(2, shapes.side, shapes.side, device=device).to(dtype)
+    copy_time = alone(lambda: target.copy_(source), device, shapes.seconds)
+    product_time = alone(lambda: a @ b, device, shapes.seconds)
+    return 2 * shapes.copied / copy_time, 2 * shapes.side**3 / product_time
 
 
 def measure(name: str, sizes: Sizes, dtype: torch.dtype, device: str, best, seconds: float) -> Rows:
@@ -191,13 +201,12 @@ def measure(name: str, sizes: Sizes, dtype: torch.dtype, device: str, best, seco
 
 
 def run(device: str, dtypes: list[torch.dtype], is_tiny: bool) -> Rows:
-    rows = []
+    rows, shapes = [], SHAPES["tiny" if is_tiny else device]
     for dtype in dtypes:
-        best = ceilings(dtype, device, is_tiny)
+        best = ceilings(dtype, device, shapes)
         print(f"{dtype}: copy {best[0] / 1e9:.0f} GB/s, product {best[1] / 1e12:.2f} TFLOP/s")
-        sizes, seconds = (TINY, 0.0) if is_tiny else (SIZES, 0.2)
         for name in OPS:
-            rows += measure(name, sizes, dtype, device, best, seconds)
+            rows += measure(name, shapes.of_ops, dtype, device, best, shapes.seconds)
     return rows
 
 
