@@ -196,7 +196,7 @@ def measure(name: str, sizes: Sizes, dtype: torch.dtype, device: str, best, seco
         try:
             rows += passes(f"{peer} for {name}", run)
         except (AttributeError, RuntimeError) as error:
-            print(f"{peer} in {dtype}: absent ({str(error).splitlines()[0]})")
+            print(f"{peer} in {dtype}: left out ({str(error).splitlines()[0]})")
     return rows
 
 
