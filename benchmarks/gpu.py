@@ -13,6 +13,7 @@ import json
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -83,13 +84,17 @@ def main(argv: list[str]) -> int:
         if elapsed > last:
             text = f"left out: {elapsed:.0f} s had passed"
         else:
-            found[title] = part()
-            text = f"{table(found[title])}\n\n({time.perf_counter() - begun - elapsed:.0f} s)"
+            try:
+                found[title] = part()
+                text = f"{table(found[title])}\n\n({time.perf_counter() - begun - elapsed:.0f} s)"
+            except Exception as error:  # the other parts are worth having
+                traceback.print_exc()
+                text = f"FAILED: {type(error).__name__}: {error}"
         print(f"\n{title}\n\n{text}", flush=True)
         texts.append(f"## {title}\n\n{text}\n")
         write(options.output / name, {"machine": machine(), "date": date, **found}, texts)
     print(f"\nwritten: {options.output / name}.json and .md")
-    return 0
+    return 1 if any("FAILED: " in text for text in texts) else 0
 
 
 def write(path: Path, found: dict, texts: list[str]) -> None:

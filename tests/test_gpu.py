@@ -14,9 +14,18 @@ from mixlora.adapters import trained_parameters
 from mixlora.layers.context import ForwardContext, Span
 from mixlora.layers.mixlora_ffn import FeedForward
 from mixlora.optim import OptimConfig, make_optimizer
+from tests.cuda_on_cpu import with_memory_on_gpu
 from tests.layers.test_mixlora_ffn import make_ffn, trained
 from tests.numerics import RELATIVE, assert_close
-from tests.tiny import MIXLORA, add_filled, normal, some_plan, some_tokens, tiny_model
+from tests.tiny import (
+    MIXLORA,
+    add_filled,
+    normal,
+    scattered,
+    some_plan,
+    some_tokens,
+    tiny_model,
+)
 
 GPU = pytest.mark.gpu
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
@@ -103,6 +112,15 @@ def test_same_bits_every_time(device: str, op: str) -> None:
 def step(ffn: FeedForward, x_BSD: Tensor, dy_BSD: Tensor) -> list[Tensor]:
     y_BSD = ffn(x_BSD, ForwardContext((Span("m", 0, len(x_BSD)),)))
     return [y_BSD, *torch.autograd.grad(y_BSD, [x_BSD, *trained(ffn).values()], dy_BSD)]
+
+
+def test_memory_is_moved_as_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.UntypedStorage, "cuda", torch.UntypedStorage.clone)
+    x = scattered(normal(3, 5))[1:]
+    moved = with_memory_on_gpu(x)
+    assert torch.equal(moved, x) and moved.data_ptr() != x.data_ptr()
+    assert (moved.stride(), moved.storage_offset()) == (x.stride(), x.storage_offset())
+    assert moved.untyped_storage().tolist() == x.untyped_storage().tolist()
 
 
 @GPU

@@ -23,6 +23,16 @@ def test_every_part_of_the_benchmarks(tmp_path: Path, capsys: pytest.CaptureFixt
     assert {title.partition(",")[0] for title in gpu.tiny_parts("cpu")} == set(titles)
 
 
+def test_a_part_that_fails_takes_no_other_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {"bad": lambda: [{"a": 1}["b"]], "good": lambda: [{"a": 1}]}
+    monkeypatch.setattr(gpu, "tiny_parts", lambda device: parts)
+    assert gpu.main(["--device", "cpu", "--tiny", "--output", str(tmp_path)]) == 1
+    (text,) = (path.read_text() for path in tmp_path.glob("*.md"))
+    assert "## bad\n\nFAILED: KeyError: 'b'\n" in text and "| a |" in text
+
+
 def test_what_takes_too_long_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
