@@ -1,15 +1,17 @@
-# Works in the active environment, else in .venv, created with $(PYTHON). Installs what is missing
+# Works in the active environment, or that of $(PYTHON), else in .venv, created with it. Installs what is missing
 # there (tools/ensure.py) and never replaces an installed torch.
 
 PYTHON ?= python3
-ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),.venv)
+OWN := import sys; sys.prefix != sys.base_prefix and print(sys.prefix)
+ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(shell $(PYTHON) -c "$(OWN)" 2>/dev/null),.venv)
 PY := "$(ENV)/bin/python"
 CHECK := -c 'import sys; sys.version_info < (3, 10) and sys.exit("mixlora needs Python >= 3.10, \
   this is %d.%d (make PYTHON=... names another)" % sys.version_info[:2])'
 SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help env kernels kernels-check demo test sanitize faults lint format bench clean
+.PHONY: help env kernels kernels-check gpu-check gpu-bench demo test sanitize faults lint format \
+  bench clean
 
 help: ## list the targets
 	@awk -F ': .*## ' '/^[a-z-]+: .*## / {printf "%-14s%s\n", $$1, $$2}' Makefile
@@ -24,6 +26,13 @@ kernels: env ## build mixlora._C, the C++ kernels
 
 kernels-check: env ## compile the CUDA kernels for every architecture, without a GPU
 	@$(PY) tools/kernels_check.py
+
+gpu-check: env ## on a machine with a GPU: build, run its tests, and compute-sanitizer
+	@$(PY) tools/ensure.py build run gpu
+	@$(PY) -u tools/gpu_check.py
+
+gpu-bench: kernels ## on a machine with a GPU: time all that runs on it, into benchmarks/results
+	@$(PY) -u -m benchmarks.gpu
 
 demo: kernels ## MixLoRA and LoRA on four small tasks, from a tiny pretrained model
 	@$(PY) tools/ensure.py plot

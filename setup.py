@@ -30,7 +30,9 @@ except ImportError as error:
 BUILD = "build/kernels"
 ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 TORCH = Path(torch.__file__).parent
-CUDA_HOME = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+if not CUDA_HOME.exists() and shutil.which("nvcc"):
+    CUDA_HOME = Path(shutil.which("nvcc")).resolve().parents[1]
 CUDA_ARCHS = ["80", "86", "89", "90"]  # where no GPU says which
 ISA_FLAGS = {"default": ""}
 if os.uname().machine == "x86_64":
@@ -50,8 +52,19 @@ def version(tool: str, word: str = "") -> str:
 
 def cuda_archs() -> list[str]:
     """Of the GPUs here, else all that the kernels are for."""
-    here = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    return sorted({f"{major}{minor}" for major, minor in here if major >= 8}) or CUDA_ARCHS
+    here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return [f"{major}{minor}" for major, minor in sorted(here) if major >= 8] or CUDA_ARCHS
+
+
+def find_cuda(nvcc: str | None) -> str:
+    """What will be built for a GPU, and why, in one line."""
+    if not torch.version.cuda or not nvcc:
+        return "no kernels: " + (
+            "nvcc is not found" if torch.version.cuda else "torch is a CPU build"
+        )
+    archs = " ".join(f"sm_{arch}" for arch in cuda_archs())
+    why = "of the GPUs here" if torch.cuda.is_available() else "torch sees no GPU: all"
+    return f"{nvcc}, {version(nvcc, 'release')}, for {archs} and PTX ({why})"
 
 
 def ninja_file(cxx: str, nvcc: str | None, output: str) -> str:
@@ -61,7 +74,8 @@ def ninja_file(cxx: str, nvcc: str | None, output: str) -> str:
     cuda = sorted(Path("csrc").rglob("*.cu")) if nvcc and torch.version.cuda else []
     archs = cuda_archs() if cuda else []
     macros = {"COMPILER": version(cxx), "TORCH": torch.__version__, "CUDA_ARCHS": " ".join(archs)}
-    includes = [f"{TORCH}/include", pybind11.get_include(), sysconfig.get_path("include")]
+    # pybind11 of its own package first: torch brings one that refuses the stable ABI
+    includes = [pybind11.get_include(), f"{TORCH}/include", sysconfig.get_path("include")]
     flags = "-O3 -MMD -Icsrc " + " ".join(f"-isystem {quote(path)}" for path in includes)
     flags += "".join(" " + quote(f'-DMIXLORA_{name}="{text}"') for name, text in macros.items())
     if len(ISA_FLAGS) == 1:  # csrc/common/isa.h
@@ -82,12 +96,14 @@ def ninja_file(cxx: str, nvcc: str | None, output: str) -> str:
         capability = f"-DCPU_CAPABILITY={isa.upper()} -DCPU_CAPABILITY_{isa.upper()}"
         command = f"{cpp} {isa_flags} {capability} -DMIXLORA_ISA=cpu_{isa}"
         jobs += [(command, s, f"{BUILD}/{s.stem}.{isa}.o") for s in kernels]
-    command = f"{nvcc} -std=c++17 -O3 -lineinfo -MMD -Icsrc {' '.join(codes)}"
+    command = f"{nvcc} -std=c++17 -O3 -lineinfo -MMD -Icsrc --threads 0 {' '.join(codes)}"
     command += " -Xcompiler -fPIC,-fvisibility=hidden"
     jobs += [(command, s, f"{BUILD}/{s.stem}.o") for s in cuda]
     libraries = f"-L{quote(f'{TORCH}/lib')} -ltorch_cpu"
     if cuda:  # of libtorch only weak symbols are used, for which the linker would drop it
-        libraries += f" -Wl,--no-as-needed -ltorch -L{CUDA_HOME}/lib64 -lcudart_static -ldl -lrt"
+        libraries += (
+            f" -Wl,--no-as-needed -ltorch -L{quote(f'{CUDA_HOME}/lib64')} -lcudart_static -ldl -lrt"
+        )
     text = f"""builddir = {BUILD}
 rule compile
   command = $run -MF $out.d -c $in -o $out
@@ -106,12 +122,12 @@ class BuildKernels(build_ext):
     def run(self) -> None:
         start = time.perf_counter()
         cxx = os.environ.get("CXX") or next(filter(shutil.which, ["g++", "clang++"]), "g++")
-        nvcc = shutil.which("nvcc", path=f"{CUDA_HOME}/bin") or shutil.which("nvcc")
+        nvcc = shutil.which("nvcc", path=CUDA_HOME / "bin") or shutil.which("nvcc")
         if not shutil.which(cxx):
             sys.exit(f"setup.py: a C++20 compiler is needed, {cxx} is not found (set CXX)")
         print("compiler         ", version(cxx))
-        print("torch            ", torch.__version__, "(CUDA)" if torch.version.cuda else "(CPU)")
-        print("nvcc             ", f"{nvcc}: {version(nvcc, 'release')}" if nvcc else "not found")
+        print("torch            ", torch.__version__)
+        print("CUDA             ", find_cuda(nvcc))
 
         output = os.path.relpath(self.get_ext_fullpath("mixlora._C"))
         os.makedirs(BUILD, exist_ok=True)

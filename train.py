@@ -245,8 +245,7 @@ def fine_tune(
         batches = [collate(part, device, dataset.pad_id) for part in parts]
         num_labels = sum(batch.num_labels for batch in batches)
 
-        loss = router_loss = 0.0
-        forwards = []
+        losses, forwards = [], []
         for tokens_BS, mask_BS, labels_BS, _, positions_BS in batches:
             loss_sum, _ = model(
                 tokens_BS, mask_BS=mask_BS, positions_BS=positions_BS, labels_BS=labels_BS
@@ -255,11 +254,12 @@ def fine_tune(
             micro_router_loss = model.router_loss() / len(batches)
             (micro_loss + micro_router_loss).backward()
             forwards.append(model.routing(run.name))
-            loss += micro_loss.item()
-            router_loss += micro_router_loss.item()
+            losses.append(torch.stack([micro_loss, micro_router_loss]).detach())
         norm = torch.nn.utils.clip_grad_norm_(
             parameters.values(), run.optim.max_grad_norm or float("inf")
         )
+        # a GPU is waited for here, once for all of the step's losses
+        loss, router_loss = torch.stack(losses).double().sum(0).tolist()
         if not torch.isfinite(norm):
             raise InputError(
                 f"{run.name}: step {step + 1}: the gradient is not finite (loss {loss}); no weight "

@@ -2,21 +2,24 @@
 
     python -m benchmarks.bench_train_step [--dtype float32] [--layers 4] [--rows 4] [--tokens 256]
            [--systems base,LoRA,...] [--moe-peft PYTHON] [--rounds 15] [--output FILE.json]
+           [--device cuda] [--model 7b]
     python -m benchmarks.bench_train_step --systems LoRA,DoRA,MixDoRA,"peft DoRA"
     python -m benchmarks.bench_train_step --systems MixLoRA,"MixLoRA paper","MixLoRA vanilla"
 
-D 1024, F 2816, 16 heads, vocabulary 4096. Every system is a process; they take turns step by step,
-so that a machine that slows down slows all, and a ratio is the median of the ratios of steps of the
-same round. The floor, base, is the frozen model with gradients of its embeddings. "Saved" are the
-bytes that autograd keeps for backward, each storage once, without parameters; "peak" is the most
-memory of the first step beyond what the model holds. A system takes 1 to 4 GB all the while.
+D 1024, F 2816, 16 heads, vocabulary 4096, or another of MODELS. Every system is a process; they
+take turns step by step, so that a machine that slows down slows all, and a ratio is the median of
+the ratios of steps of the same round. On a GPU, which would not hold them all, they come one after
+the other, in this process. The floor, base, is the frozen model with gradients of its embeddings.
+"Saved" are the bytes that autograd keeps for backward, each storage once, without parameters;
+"peak" is the most memory of the first step beyond what is "held": on a GPU the model, else what the
+process has. A system takes 1 to 4 GB all the while.
 """
 
+import gc
 import json
 import os
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -24,16 +27,23 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import machine, print_header
+from benchmarks import train_step_worker
+from benchmarks.harness import Rows, machine, print_header, table
 from benchmarks.modes import MODES
+from benchmarks.worker import Trainer
 from mixlora.errors import ArgumentParser, InputError, command, did_you_mean
 
-SIZES = {
-    "vocab_size": 4096,
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_attention_heads": 16,
-    "max_position_embeddings": 2048,
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size"),
+    *("num_attention_heads", "max_position_embeddings"),
+)
+MODELS = {
+    name: dict(zip(SIZES, sizes, strict=True))
+    for name, sizes in {
+        "small": (4096, 1024, 2816, 16, 2048),
+        "7b": (32000, 4096, 11008, 32, 4096),
+        "tiny": (96, 32, 48, 4, 64),
+    }.items()
 }
 PLAIN = {"r": 80, "lora_alpha": 160}
 DORA = {**PLAIN, "use_dora": True}
@@ -58,12 +68,23 @@ REFERENCES = ("base", "LoRA", "DoRA", "peft LoRA", "MoE-PEFT MixLoRA")
 
 
 class System:
-    def __init__(self, name: str, python: str, settings: dict[str, Any]) -> None:
+    """In a process of its own, or, without a `python` for that, in this one."""
+
+    def __init__(self, name: str, python: str | None, settings: dict[str, Any]) -> None:
         self.name = name
         made_with, adapter = SYSTEMS[name]
+        self.settings = {**settings, "with": made_with, "adapter": adapter}
+        self.process = self.trainer = None
+        if python:
+            self._start(python, made_with)
+        self.peak_bytes = self.held_bytes = self.saved_bytes = None
+        self.times: list[float] = []
+        self.is_too_large = False
+
+    def _start(self, python: str, made_with: str) -> None:
         worker = "moe_peft_worker" if made_with == "moe_peft" else "train_step_worker"
         environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-        if name == "MoE-PEFT whole":
+        if self.name == "MoE-PEFT whole":
             environment["MOE_PEFT_EVALUATE_MODE"] = "1"
         self.process = subprocess.Popen(
             [python, "-m", f"benchmarks.{worker}"],
@@ -72,13 +93,18 @@ class System:
             env=environment,
             text=True,
         )
-        self._send(json.dumps({**settings, "with": made_with, "adapter": adapter}))
+        self._send(json.dumps(self.settings))
+
+    def warm_up(self) -> None:
         self.ask("step")
-        self.peak_bytes = self.ask("peak")["peak_bytes"]
+        peak = self.ask("peak")
+        self.peak_bytes, self.held_bytes = peak["peak_bytes"], peak["held_bytes"]
         self.saved_bytes = self.ask("saved")["saved_bytes"]
-        self.times: list[float] = []
 
     def ask(self, what: str) -> dict[str, Any]:
+        if self.process is None:
+            self.trainer = self.trainer or Trainer(train_step_worker.make, self.settings)
+            return self.trainer.answer(what)
         self._send(what)
         line = self.process.stdout.readline()
         if not line:
@@ -86,9 +112,19 @@ class System:
         return json.loads(line)
 
     def step(self) -> None:
-        start = time.perf_counter()
-        self.ask("step")
-        self.times.append(time.perf_counter() - start)
+        self.times.append(self.ask("step")["seconds"])
+
+    def measure_alone(self, rounds: int) -> None:
+        """And give back what it held."""
+        try:
+            self.warm_up()
+            for _ in range(rounds):
+                self.step()
+        except torch.OutOfMemoryError:
+            self.is_too_large = True
+        self.trainer = None
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def _send(self, line: str) -> None:
         print(line, file=self.process.stdin, flush=True)
@@ -97,6 +133,8 @@ class System:
 @command
 def main(argv: list[str]) -> int:
     parser = ArgumentParser(description="Training steps of several systems, side by side.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--model", choices=MODELS, default="small")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rows", type=int, default=4)
@@ -107,34 +145,57 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", help="write the table here, as JSON")
     parser.add_argument("--plot", help="draw it here, as PNG; needs base among the systems")
     options = parser.parse_args(argv)
-    tokens_BS = torch.randint(SIZES["vocab_size"], (options.rows, options.tokens)).tolist()
-    settings = {
-        "sizes": {**SIZES, "num_hidden_layers": options.layers},
-        "dtype": options.dtype,
-        "tokens_BS": tokens_BS,
-    }
     print_header()
     print(f"{options.dtype}, {options.layers} layers, {options.rows} x {options.tokens} tokens")
-    pythons = {"moe_peft": options.moe_peft, "peft": sys.executable if find_spec("peft") else None}
-    systems = []
-    for name in chosen(options.systems):
-        python = pythons.get(SYSTEMS[name][0], sys.executable)
-        if python is None:
-            print(f"{name}: left out, it is not installed")
-        else:
-            systems.append(System(name, python, settings))
-    for _ in range(options.rounds):
-        for system in systems:
-            system.step()
-    shape = options.layers, options.rows, options.tokens
-    rows = [row_of(system, systems, shape) for system in systems]
-    print_table(rows)
+    rows = run(
+        chosen(options.systems),
+        *(options.device, options.model, options.dtype),
+        *(options.layers, options.rows, options.tokens, options.rounds),
+        options.moe_peft,
+    )
+    print(table(rows))
     if options.plot:
         plot(rows, f"{options.dtype}, {machine()}", options.plot)
     if options.output:
         settings = {**vars(options), "machine": machine()}
         Path(options.output).write_text(json.dumps({**settings, "rows": rows}, indent=2) + "\n")
     return 0
+
+
+def run(
+    names: list[str],
+    device: str,
+    model: str,
+    dtype: str,
+    num_layers: int,
+    num_rows: int,
+    S: int,
+    rounds: int,
+    moe_peft: str | None = None,
+    in_turns: bool | None = None,  # None: not on a GPU
+) -> Rows:
+    sizes = {**MODELS[model], "num_hidden_layers": num_layers}
+    tokens_BS = torch.randint(sizes["vocab_size"], (num_rows, S)).tolist()
+    settings = {"sizes": sizes, "dtype": dtype, "tokens_BS": tokens_BS, "device": device}
+    in_turns = device == "cpu" if in_turns is None else in_turns
+    pythons = {"moe_peft": moe_peft, "peft": sys.executable if find_spec("peft") else None}
+    systems = []
+    for name in names:
+        python = pythons.get(SYSTEMS[name][0], sys.executable)
+        if python is None:
+            print(f"{name}: left out, it is not installed")
+        else:
+            systems.append(System(name, python if in_turns else None, settings))
+    if in_turns:
+        for system in systems:
+            system.warm_up()
+        for _ in range(rounds):
+            for system in systems:
+                system.step()
+    else:
+        for system in systems:
+            system.measure_alone(rounds)
+    return [row_of(system, systems, sizes, num_rows, S) for system in systems]
 
 
 def chosen(names: str | None) -> list[str]:
@@ -145,11 +206,12 @@ def chosen(names: str | None) -> list[str]:
     return names
 
 
-def flops(name: str, num_layers: int, num_rows: int, S: int) -> float:
+def flops(name: str, sizes: dict[str, int], num_rows: int, S: int) -> float:
     """What a step must at least compute: of frozen weights the forward and the gradient of the
     input, of low ranks the weights' gradients too. A token's K experts alone, in gate and up once
     more in backward; in a DoRA also W A^T, whatever the number of tokens."""
-    D, F, V = (SIZES[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
+    V, D, F = (sizes[key] for key in SIZES[:3])
+    num_layers = sizes["num_hidden_layers"]
     made_with, adapter = SYSTEMS[name]
     T = num_rows * S
     whole = 4 * D * D + 3 * D * F  # weights of a layer
@@ -175,20 +237,29 @@ def flops(name: str, num_layers: int, num_rows: int, S: int) -> float:
     return total
 
 
-def row_of(system: System, systems: list[System], shape: tuple[int, int, int]) -> dict[str, Any]:
+def row_of(
+    system: System, systems: list[System], sizes: dict[str, int], num_rows: int, S: int
+) -> dict[str, Any]:
     def ratio(name: str) -> float | None:
         other = next((s for s in systems if s.name == name), None)
-        pairs = zip(system.times, other.times, strict=True) if other else []
+        pairs = zip(system.times, other.times, strict=False) if other else []
         values = [a / b for a, b in pairs]
         return median(values) if values else None
 
+    def megabytes(size: int | None) -> float | None:
+        return None if size is None else size / 1e6
+
+    shape = sizes, num_rows, S
+    time = None if system.is_too_large else median(system.times)
     return {
-        "system": system.name,
-        "ms": 1e3 * median(system.times),
+        "system": f"{system.name}: out of memory" if system.is_too_large else system.name,
+        "ms": time and 1e3 * time,
+        "tokens/s": time and num_rows * S / time,
         **{f"/ {name}": ratio(name) for name in REFERENCES},
         "FLOPs / base": flops(system.name, *shape) / flops("base", *shape),
-        "saved MB": system.saved_bytes / 1e6,
-        "peak MB": system.peak_bytes / 1e6,
+        "saved MB": megabytes(system.saved_bytes),
+        "peak MB": megabytes(system.peak_bytes),
+        "held MB": megabytes(system.held_bytes),
     }
 
 
@@ -210,18 +281,6 @@ def plot(rows: list[dict[str, Any]], title: str, path: str) -> None:
     figure.suptitle(title, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    def cell(value: float | str | None) -> str:
-        if isinstance(value, float):
-            return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
-        return "" if value is None else value
-
-    lines = [list(rows[0]), *([cell(x) for x in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(map(str.rjust, line, widths)))
 
 
 if __name__ == "__main__":

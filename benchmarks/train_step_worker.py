@@ -1,5 +1,7 @@
 """This code, or `peft` on `transformers`, as a system of bench_train_step."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,15 +14,27 @@ def make(options: dict[str, Any]) -> Trainee:
     return (peft_trainee if options["with"] == "peft" else our_trainee)(options)
 
 
+@contextmanager
+def made_there(options: dict[str, Any]) -> Iterator[None]:
+    """A model that is made within is of the options' dtype, on their device from the beginning."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, options["dtype"]))
+    try:
+        with torch.device(options.get("device", "cpu")):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def our_trainee(options: dict[str, Any]) -> Trainee:
     import mixlora
     import models
     from benchmarks.modes import MODES
     from mixlora.adapters import trained_parameters
 
-    sizes = {"model_type": "llama", **options["sizes"]}
-    model = models.new(sizes).to(getattr(torch, options["dtype"])).train()
-    tokens_BS = torch.tensor(options["tokens_BS"])
+    with made_there(options):
+        model = models.new({"model_type": "llama", **options["sizes"]}).train()
+        tokens_BS = torch.tensor(options["tokens_BS"])
     if options["adapter"] is None:  # the floor: backward down to the embeddings
         parameters = [model.model["embed_tokens"].weight.requires_grad_()]
     else:
@@ -41,13 +55,24 @@ def peft_trainee(options: dict[str, Any]) -> Trainee:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    hf_model = LlamaForCausalLM(LlamaConfig(**options["sizes"]))
-    hf_model = hf_model.to(getattr(torch, options["dtype"]))
+    with made_there(options):
+        hf_model = LlamaForCausalLM(LlamaConfig(**options["sizes"]))
+        tokens_BS = torch.tensor(options["tokens_BS"])
     config = LoraConfig(**options["adapter"], target_modules="all-linear")
     model = get_peft_model(hf_model, config).train()
-    tokens_BS = torch.tensor(options["tokens_BS"])
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return Trainee(lambda: model(tokens_BS, labels=tokens_BS).loss, parameters)
+
+    def loss() -> Tensor:
+        with autocast(options):
+            return model(tokens_BS, labels=tokens_BS).loss
+
+    return Trainee(loss, parameters)
+
+
+def autocast(options: dict[str, Any]) -> torch.autocast:
+    """peft's adapters are fp32 in a bf16 model; its users compute them in bf16 like this."""
+    is_wanted = options["device"] != "cpu" and options["dtype"] == "bfloat16"
+    return torch.autocast(options["device"], torch.bfloat16, enabled=is_wanted)
 
 
 if __name__ == "__main__":

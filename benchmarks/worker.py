@@ -2,14 +2,16 @@
 
 The first line of stdin is a JSON object; each line after it is answered by one line of JSON:
 
-    step     a training step: forward, loss, backward, clipping, AdamW    {"loss": 8.3}
+    step     a training step: forward, loss, backward, clipping, AdamW
+             {"loss": 8.3, "seconds": 0.7}
     saved    a forward alone     {"saved_bytes": what autograd keeps for backward}
-    peak     {"peak_bytes": the most memory since the beginning, beyond what was there then}
+    peak     {"peak_bytes": the most memory since the beginning, beyond "held_bytes", of then}
 """
 
 import gc
 import json
 import sys
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -24,22 +26,42 @@ class Trainee(NamedTuple):
     parameters: list[nn.Parameter]  # those that train
 
 
+class Trainer:
+    """What answers; on the options' device."""
+
+    def __init__(self, make: Callable[[dict[str, Any]], Trainee], options: dict[str, Any]) -> None:
+        torch.manual_seed(0)
+        self.on_gpu = options.get("device", "cpu") != "cpu"
+        self.trainee = make(options)
+        self.optimizer = torch.optim.AdamW(self.trainee.parameters, lr=2e-4)
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+        self.held_bytes = self.memory()
+
+    def answer(self, what: str) -> dict[str, float]:
+        if what == "saved":
+            return {"saved_bytes": saved_bytes(self.trainee.loss)}
+        if what == "peak":
+            beyond = self.memory(at_most=True) - self.held_bytes
+            return {"peak_bytes": beyond, "held_bytes": self.held_bytes}
+        start = time.perf_counter()
+        loss = step(self.trainee, self.optimizer)  # a number: what ran on a GPU has ended
+        return {"loss": loss, "seconds": time.perf_counter() - start}
+
+    def memory(self, at_most: bool = False) -> int:
+        if self.on_gpu:
+            return (torch.cuda.max_memory_allocated if at_most else torch.cuda.memory_allocated)()
+        return resident("VmHWM" if at_most else "VmRSS")
+
+
 def serve(make: Callable[[dict[str, Any]], Trainee]) -> None:
     answers = sys.stdout
     sys.stdout = sys.stderr  # what libraries print is no answer
-    torch.manual_seed(0)
-    trainee = make(json.loads(sys.stdin.readline()))
-    optimizer = torch.optim.AdamW(trainee.parameters, lr=2e-4)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = resident("VmRSS")
+    trainer = Trainer(make, json.loads(sys.stdin.readline()))
     for line in sys.stdin:
-        if line.strip() == "saved":
-            answer = {"saved_bytes": saved_bytes(trainee.loss)}
-        elif line.strip() == "peak":
-            answer = {"peak_bytes": resident("VmHWM") - before}
-        else:
-            answer = {"loss": step(trainee, optimizer)}
-        print(json.dumps(answer), file=answers, flush=True)
+        print(json.dumps(trainer.answer(line.strip())), file=answers, flush=True)
 
 
 def step(trainee: Trainee, optimizer: torch.optim.Optimizer) -> float:

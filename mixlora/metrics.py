@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from mixlora.files import write_bytes
@@ -70,10 +71,9 @@ def routing_metrics(forwards: Sequence[Sequence[Routing]]) -> dict[str, list]:
     mean entropy in nats."""
     load, entropy = [], []
     for layer in zip(*forwards, strict=True):
-        num_tokens = sum(routing.num_tokens.item() for routing in layer)
-        count_E = sum(routing.count_E for routing in layer)
-        selections = max(1, count_E.sum().item())
-        load.append([round(count / selections, 5) for count in count_E.tolist()])
-        total = sum(routing.entropy.item() for routing in layer)
+        sums = [torch.cat([r.count_E, r.entropy[None], r.num_tokens[None]]) for r in layer]
+        *counts, total, num_tokens = torch.stack(sums).sum(0).tolist()  # a GPU is waited for once
+        selections = max(1, sum(counts))
+        load.append([round(count / selections, 5) for count in counts])
         entropy.append(round(total / max(1, num_tokens), 5))
     return {"expert_load": load, "router_entropy": entropy}

@@ -106,10 +106,11 @@ def save(model: AdaptedModel, directory: str | Path) -> None:
 
 
 def new(config: dict, seed: int = 0) -> AdaptedModel:
-    """A model with random weights (normal, standard deviation 0.02) from config.json's keys."""
+    """A model with random weights (normal, standard deviation 0.02) from config.json's keys, on
+    torch's default device and in its default dtype."""
     family, config = _read_config(config, "config")
     model = family(config)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.02, generator=generator)

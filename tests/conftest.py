@@ -34,7 +34,22 @@ ARC_ROWS = [
     }
     for i in range(12)
 ]
+LEFT_OUT = pytest.StashKey[int]()
 BOOLQ_ROWS = [{"question": f"is {i} a big cat", "answer": i % 3 == 0} for i in range(12)]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU its tests are counted, not run."""
+    if not torch.cuda.is_available():
+        left_out = [item for item in items if item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=left_out)
+        config.stash[LEFT_OUT] = len(left_out)
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if count := config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(f"{count} tests are of a GPU, and torch sees none: left out")
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

@@ -5,6 +5,8 @@ with cuda_on_cpu("descending"):
 
 The threads of a block run as far as they can in this order, the lowest first, the highest first, or
 any; blocks follow each other in it.
+
+with cuda_on_gpu():                     the same, on a GPU: what an op is given goes there and back
 """
 
 import ctypes
@@ -13,13 +15,15 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from mixlora import ops  # noqa: F401  loads torch.ops.mixlora
 
@@ -91,14 +95,43 @@ def runtime() -> ctypes.CDLL:
     return library
 
 
-def call(kernel: str, *arguments: object) -> object:
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
+def redispatch(kernel: str, key: torch._C.DispatchKey, *arguments: object) -> object:
+    keys = torch._C.DispatchKeySet(key)
     return getattr(torch.ops.mixlora, kernel).default.redispatch(keys, *arguments)
+
+
+def call_on_cpu(kernel: str, *arguments: object) -> object:
+    return redispatch(kernel, torch._C.DispatchKey.PrivateUse1, *arguments)
+
+
+def call_on_gpu(kernel: str, *arguments: object) -> object:
+    moved = tree_map_only(Tensor, with_memory_on_gpu, arguments)
+    results = redispatch(kernel, torch._C.DispatchKey.CUDA, *moved)
+    return tree_map_only(Tensor, Tensor.cpu, results)
+
+
+def with_memory_on_gpu(x: Tensor) -> Tensor:
+    """With its strides, its offset, and what lies between its elements."""
+    memory = x.untyped_storage().cuda()
+    place = x.storage_offset(), x.size(), x.stride()
+    return torch.empty(0, dtype=x.dtype, device=memory.device).set_(memory, *place)
 
 
 @contextmanager
 def cuda_on_cpu(order: str = "ascending") -> Iterator[None]:
     runtime().on_cpu_set_order(ORDERS.index(order), 0)
+    with in_place_of_the_cpus(call_on_cpu):
+        yield
+
+
+@contextmanager
+def cuda_on_gpu() -> Iterator[None]:
+    with in_place_of_the_cpus(call_on_gpu):
+        yield
+
+
+@contextmanager
+def in_place_of_the_cpus(call: Callable[..., object]) -> Iterator[None]:
     library = torch.library.Library("mixlora", "IMPL")
     try:
         with warnings.catch_warnings():

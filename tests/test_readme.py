@@ -28,6 +28,8 @@ def test_the_readme_has_commands_of_every_kind() -> None:
         "make demo",
         "make test",
         "make kernels",
+        "make gpu-check",
+        "make gpu-bench",
     ]
     for script in ("train.py", "evaluate.py", "generate.py", "data/prepare.py"):
         assert any(command.startswith(f"python {script}") for command in COMMANDS), script

@@ -1,10 +1,13 @@
-"""The tests of an op that has CUDA kernels run them too, in place of the CPU's."""
+"""The tests of an op that has CUDA kernels run them too, in place of the CPU's: executed on the
+CPU, and on a GPU where there is one."""
 
 from collections.abc import Iterator
 
 import pytest
 
-from tests.cuda_on_cpu import MISSING, OPS, ORDERS, cuda_on_cpu
+from tests.cuda_on_cpu import MISSING, OPS, ORDERS, cuda_on_cpu, cuda_on_gpu
+
+GPU = pytest.param("gpu", marks=pytest.mark.gpu)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -12,7 +15,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     only_cpu = metafunc.definition.get_closest_marker("only_cpu")
     if op in OPS and not only_cpu:
         slow = [pytest.param(order, marks=pytest.mark.slow) for order in ORDERS[:-1]]
-        metafunc.parametrize("kernels", ["cpu", ORDERS[-1], *slow], indirect=True)
+        is_of_errors = metafunc.function.__name__ == "test_errors"  # a GPU's end its process
+        values = ["cpu", ORDERS[-1], *slow, *([] if is_of_errors else [GPU])]
+        metafunc.parametrize("kernels", values, indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +25,9 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
     order = getattr(request, "param", "cpu")
     if order == "cpu":
         yield
+    elif order == "gpu":
+        with cuda_on_gpu():
+            yield
     elif MISSING:
         pytest.skip(f"CUDA kernels on the CPU: {MISSING}")
     else:

@@ -482,7 +482,7 @@ def test_every_instruction_set(isa: str) -> None:
         ),
     ],
 )
-def test_wrong_arguments_of_the_operator(change: dict, said: str) -> None:
+def test_errors(change: dict, said: str) -> None:
     plan = some_plan(6, 2, 4, "uniform")
     arguments = list(op_arguments(plan, inputs(plan, 4), 4))
     for index, value in change.items():
