@@ -9,6 +9,7 @@ any; blocks follow each other in it.
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +30,9 @@ SANITIZER = os.environ.get("MIXLORA_CUDA_ON_CPU_FLAGS", "")  # tools/sanitize.py
 CXX = os.environ.get("CXX", "g++")
 ORDERS = ("ascending", "descending", "random")
 OPS = sorted(path.parent.name for path in ROOT.glob("csrc/*/*_cuda.cu"))
-KERNELS = [op for op in OPS for op in (op, f"{op}_backward") if hasattr(torch.ops.mixlora, op)]
+KERNELS_OF = {
+    op: re.findall(r'm\.impl\("(\w+)"', (ROOT / f"csrc/{op}/{op}.cpp").read_text()) for op in OPS
+}
 TORCH = Path(torch.__file__).parent
 FLAGS = "-std=c++20 -Wall -Wno-unknown-pragmas -fPIC -fvisibility=hidden -MMD -Icsrc -Itests -g1"
 NINJA = """rule compile
@@ -103,7 +107,7 @@ def cuda_on_cpu(order: str = "ascending") -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
-            for kernel in KERNELS:
+            for kernel in chain(*KERNELS_OF.values()):
                 library.impl(kernel, partial(call, kernel), "CPU")
         yield
     finally:
@@ -114,6 +118,7 @@ class Count(NamedTuple):
     launches: int
     read_bytes: int
     written_bytes: int
+    mmas: int  # of a warp, 16 x 8 x 16 multiplications each
 
 
 def counts() -> dict[str, Count]:
