@@ -117,7 +117,7 @@ struct Count {
   int64_t launches = 0, read_bytes = 0, written_bytes = 0, mmas = 0;
 };
 
-// Two bytes of global memory, or one of shared memory, have a cell.
+// Two bytes of memory have a cell.
 constexpr uintptr_t kCellBytes = 2, kPageBytes = 4096;
 
 constexpr int64_t kCopyBytes = 16;  // cp.async
@@ -140,8 +140,8 @@ std::mt19937 generator;
 
 uint32_t block_number, first_block_of_launch;
 std::unordered_map<uintptr_t, std::unique_ptr<Cell[]>> pages;
-Cell shared_cells[kArenaBytes];
-bool under_way[kArenaBytes];  // a copy to this byte
+Cell shared_cells[kArenaBytes / kCellBytes];
+bool under_way[kArenaBytes / kCellBytes];  // a copy to this cell
 std::map<std::string, Count> counts;
 Count* count;
 
@@ -357,15 +357,17 @@ bool enter(Cell& cell, bool write, bool atomic) {
   return before.block != now.block;
 }
 
+int64_t cell_behind(int64_t bytes) { return (bytes + kCellBytes - 1) / kCellBytes; }
+
 void enter_shared(char* p, int64_t bytes, bool write, bool atomic) {
   const auto around = [&](const Array& x) {
     return x.begin <= p && p + bytes <= x.begin + x.bytes;
   };
   if (std::none_of(arrays.begin(), arrays.end(), around)) fail("beside a shared array");
-  for (char* byte = p; byte < p + bytes; ++byte) {
-    Cell& cell = shared_cells[byte - arena];
+  for (int64_t i = (p - arena) / kCellBytes; i < cell_behind(p + bytes - arena); ++i) {
+    Cell& cell = shared_cells[i];
     if (!write && cell.writer.block != block_number) fail("a load of unwritten shared memory");
-    if (under_way[byte - arena]) fail("a copy to this shared memory has not been waited for");
+    if (under_way[i]) fail("a copy to this shared memory has not been waited for");
     enter(cell, write, atomic);
   }
 }
@@ -439,8 +441,8 @@ void* shared_array(const char* file, int line, int64_t bytes) {
   ASAN_UNPOISON_MEMORY_REGION(begin, bytes);
 #endif
   std::fill_n(begin, bytes, 0xff);
-  std::fill_n(shared_cells + (begin - arena), bytes, Cell{});
-  std::fill_n(under_way + (begin - arena), bytes, false);
+  std::fill_n(shared_cells + (begin - arena) / kCellBytes, cell_behind(bytes), Cell{});
+  std::fill_n(under_way + (begin - arena) / kCellBytes, cell_behind(bytes), false);
   arrays.push_back({key, begin, bytes});
   return begin;
 }
@@ -468,7 +470,7 @@ void copy_async(void* to, const void* from, bool valid) {
   const InRuntime guard;
   memset(to, 0xff, kCopyBytes);
   char* const begin = static_cast<char*>(to);
-  std::fill_n(under_way + (begin - arena), kCopyBytes, true);
+  std::fill_n(under_way + (begin - arena) / kCellBytes, kCopyBytes / kCellBytes, true);
   current->copies.push_back({begin, static_cast<const char*>(from), valid, current->num_groups});
 }
 
@@ -485,7 +487,7 @@ void wait_for_copies(int groups) {
     copies.erase(copies.begin(), first);
   }
   for (const Copy& copy : landing) {
-    std::fill_n(under_way + (copy.to - arena), kCopyBytes, false);
+    std::fill_n(under_way + (copy.to - arena) / kCellBytes, kCopyBytes / kCellBytes, false);
     enter(copy.to, kCopyBytes, true);
     if (copy.valid) {
       memcpy(copy.to, copy.from, kCopyBytes);

@@ -123,13 +123,14 @@ void check_moe_sort() {
 
 void check_rows(const Plan& plan) {
   const auto x_TD = normal<float>(T * D), y_ND = normal<float>(N * D), weight_TK = normal<float>(N);
+  const int64_t seed = 5;
   check<float>("dropout", [&](const auto& out) {
     CPU_KERNEL(dropout_cpu)
     ({.x_ND = x_TD.data(),
       .y_ND = out(T * D),
+      .seed = &seed,
       .N = T,
       .D = D,
-      .seed = 5,
       .p = 0.1,
       .dtype = Dtype::kFloat32});
   });
