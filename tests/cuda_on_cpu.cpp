@@ -372,11 +372,20 @@ void enter_shared(char* p, int64_t bytes, bool write, bool atomic) {
   }
 }
 
+Cell* cells_of(uintptr_t page) {
+  static uintptr_t last_page;
+  static Cell* last_cells;
+  if (page == last_page) return last_cells;
+  auto& cells = pages[page];
+  if (!cells) cells = std::make_unique<Cell[]>(kPageBytes / kCellBytes);
+  last_page = page;
+  return last_cells = cells.get();
+}
+
 void enter_global(uintptr_t p, int64_t bytes, bool write, bool atomic) {
   for (uintptr_t at = p / kCellBytes * kCellBytes; at < p + bytes; at += kCellBytes) {
-    auto& page = pages[at / kPageBytes];
-    if (!page) page = std::make_unique<Cell[]>(kPageBytes / kCellBytes);
-    if (enter(page[at % kPageBytes / kCellBytes], write, atomic)) {
+    Cell& cell = cells_of(at / kPageBytes)[at % kPageBytes / kCellBytes];
+    if (enter(cell, write, atomic)) {
       (write ? count->written_bytes : count->read_bytes) += std::min<int64_t>(bytes, kCellBytes);
     }
   }

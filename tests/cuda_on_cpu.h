@@ -132,6 +132,7 @@ inline uint32_t __ballot_sync(uint32_t mask, bool value, int line = __builtin_LI
 
 inline int atomicAdd(int* p, int x) { return on_cpu::atomic_add(p, x); }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 
 #define SHARED_ARRAY(type, name) \
   using name##_t = type;         \

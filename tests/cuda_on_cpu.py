@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SANITIZER = os.environ.get("MIXLORA_CUDA_ON_CPU_FLAGS", "")  # tools/sanitize.py
 CXX = os.environ.get("CXX", "g++")
 ORDERS = ("ascending", "descending", "random")
-OPS = sorted(path.parent.name for path in ROOT.glob("csrc/*/*_cuda.cu"))
+SOURCES = sorted(ROOT.glob("csrc/*/*_cuda.cu"))
+OPS = sorted({path.parent.name for path in SOURCES})
 KERNELS_OF = {
     op: re.findall(r'm\.impl\("(\w+)"', (ROOT / f"csrc/{op}/{op}.cpp").read_text()) for op in OPS
 }
@@ -60,9 +61,8 @@ def build(folder: Path) -> Path:
     kernel_flags = "-O1" if SANITIZER else "-O1 -fsanitize=thread"
     entry = f"-O1 -DMIXLORA_CUDA_ON_CPU -DTORCH_TARGET_VERSION=0x020b000000000000 -I{TORCH}/include"
     jobs = [("tests/cuda_on_cpu.cpp", "-O2")]
-    for op in OPS:
-        jobs.append((f"csrc/{op}/{op}_cuda.cu", f"{kernel_flags} -x c++"))
-        jobs.append((f"csrc/{op}/{op}.cpp", entry))
+    jobs += [(str(path.relative_to(ROOT)), f"{kernel_flags} -x c++") for path in SOURCES]
+    jobs += [(f"csrc/{op}/{op}.cpp", entry) for op in OPS]
     text = NINJA.format(cxx=CXX, flags=f"{FLAGS} {more_flags}", more_flags=more_flags, torch=TORCH)
     objects = [folder / f"{Path(source).name}.o" for source, _ in jobs]
     for (source, flags), output in zip(jobs, objects, strict=True):
