@@ -18,6 +18,7 @@ from tests.cuda_on_cpu import (
     ORDERS,
     ROOT,
     SANITIZER,
+    Count,
     build,
     counts,
     cuda_on_cpu,
@@ -148,6 +149,50 @@ def test_bytes_that_kernels_move() -> None:
 # Of each 16 bytes of x, by the first 16 threads.
 COPY = "SHARED_ARRAY(float[64], x); if (threadIdx.x < 16) "
 COPY += "copy_async(x + 4 * threadIdx.x, p, true);"
+
+
+def count_of(kernel: str, run) -> Count:
+    with cuda_on_cpu():
+        counts()
+        run()
+    (found,) = (count for name, count in counts().items() if name.startswith(kernel))
+    return found
+
+
+@seen
+@pytest.mark.parametrize("adapted", [False, True])
+def test_bytes_that_the_mixture_moves(adapted: bool) -> None:
+    """[T, F] once; besides that of each block of 64 tokens the experts' matrices, of each range of
+    columns the slots' rows."""
+    T, K, E, F, R = 128, 2, 4, 512, 16
+    plan = ops.moe_sort(some_experts(T, K, E, "uniform"), E)
+    gate_TF, up_TF, dhbar_TF = (values(T, F, seed=i).bfloat16() for i in range(3))
+    a_TKR, b_EFR, a_ERF = values(T, K, R).float(), values(E, F, R).float(), values(E, R, F).float()
+    given = [a_TKR, a_TKR, b_EFR, b_EFR, a_ERF] if adapted else [None] * 5
+    places = plan.expert_TK, plan.token_order_T, values(T, K).float()
+    inputs = gate_TF, up_TF, *given, *places, *[None] * 4, E, 1.0, 0, 0.0, None
+    dz_TKR = a_TKR if adapted else None
+
+    experts = sum(
+        len(order_T.unique()) for order_T in plan.expert_TK[plan.token_order_T.long()].split(64)
+    )
+    once, matrix, rows, index = 2 * T * F, 2 * experts * F * R, 2 * T * K * R, 4 * T * (2 * K + 1)
+    found = count_of("glu_kernel", lambda: torch.ops.mixlora.shared_glu(*inputs))
+    more = adapted * (3 * matrix + 16 * 2 * rows) + 16 * index
+    assert 2 * once <= found.read_bytes <= 1.05 * 2 * once + more
+    assert once <= found.written_bytes <= once + adapted * 16 * 2 * rows
+
+    backward = torch.ops.mixlora.shared_glu_backward
+    found = count_of("glu_backward_kernel", lambda: backward(dhbar_TF, dz_TKR, *inputs))
+    sums = 3 * 4 * E * F * R  # of the one range of tokens
+    more = adapted * (5 * matrix + 2 * 3 * rows + sums) + 2 * index
+    assert 3 * once <= found.read_bytes <= 1.05 * 3 * once + more
+    assert (
+        2 * once
+        <= found.written_bytes
+        <= 2 * once + adapted * (sums + 2 * 2 * 2 * rows) + 2 * 32 * T * K
+    )
+
 
 FAULTS = {
     "a barrier is missing": (

@@ -395,7 +395,8 @@ __device__ Dropout<T> dropout_of(const Glu<T>& glu, const Visit& visit, int64_t 
 template <class S>
 struct RowOutput {
   S* y_NR;
-  int R, count;  // count groups of eight ranks
+  int64_t R;
+  int count;  // groups of eight ranks
   S scale;
 };
 

@@ -27,7 +27,8 @@ template <class T>
 struct Gradient {
   using S = Wide<T>;
   const T* a_NR;  // null: a is 1 and has one rank, for DoRA's scales
-  int R, real_R;
+  int R;          // padded
+  int64_t rank;
   S *sums, *d_EFR;  // null: not asked for; sums is [row range, E, step, product, lane, 4]
   int64_t f_stride, r_stride;
   S scale;
@@ -43,11 +44,19 @@ struct Gradient {
   }
 };
 
+// Of a side's adapter.
+template <class T>
+struct SideGradients {
+  const T* b_ERF;  // a copy
+  Gradient<T> b, scale;
+};
+
 template <class T>
 struct GluBackward {
   Glu<T> glu;
-  const T *b_gate_ERF, *b_up_ERF, *a_down_EFR, *dz_NR;
-  Gradient<T> gate, up, down, scale_gate, scale_up;
+  const T *a_down_EFR, *dz_NR;  // copies
+  SideGradients<T> gate, up;
+  Gradient<T> down;
   RowSums<Wide<T>> rows;
   int64_t row_blocks;  // of a range of rows
 };
@@ -72,14 +81,13 @@ __device__ void put(Wide<T> y, const Visit& visit, int h, int c, T* shared) {
 // sums[column][r] += sum over the block's rows in the visit of y[row][column] a[row][r]; all of y
 // has been put into shared memory.
 template <class T>
-__device__ void add_outer(const Gradient<T>& gradient,
-                          const Visit& visit,
-                          Wide<T>* sums,
-                          T* shared) {
+__device__ void add_outer(
+    const Glu<T>& glu, const Gradient<T>& gradient, const Visit& visit, int64_t f, T* shared) {
   using S = Wide<T>;
   constexpr int kDown = Gradient<T>::kDown;
   const T* y_CM = shared;
   T* a_RM = shared + kColumns<T> * kStride;
+  S* sums = gradient.at(glu, blockIdx.x, visit.expert, f);
   const int m = threadIdx.y * kRows + lane_row();
   for (int first = 0; first < gradient.R; first += kRanksAtOnce) {
     const int ranks = smaller(kRanksAtOnce, gradient.R - first);
@@ -117,9 +125,7 @@ __device__ void add_outer(const Gradient<T>& gradient,
 template <class T>
 __device__ void side_backward(const Glu<T>& glu,
                               const Side<T>& side,
-                              const T* b_ERF,
-                              const Gradient<T>& db,
-                              const Gradient<T>& dscale,
+                              const SideGradients<T>& gradients,
                               const Visit& visit,
                               int64_t f,
                               const Stored<T>& base,
@@ -127,24 +133,23 @@ __device__ void side_backward(const Glu<T>& glu,
                               Tile<T>& dbase,
                               Wide<T>* da,
                               T* shared) {
-  const int64_t row_range = blockIdx.x;
-  const int expert = visit.expert;
   if (side.scale_EF) {
     const Tile<T> before = unscaled_side(glu, side, base, visit, f);
-    const auto scale = load_columns(glu, side.scale_EF + expert * glu.p.ffn, f);
+    const auto scale = load_columns(glu, side.scale_EF + visit.expert * glu.p.ffn, f);
     for_each_place<kPer<T>>([&](int h, int c) {
       put(dy.at(h, c) * before.at(h, c), visit, h, c, shared);
       dy.at(h, c) *= scale.x[c];
     });
-    add_outer(dscale, visit, dscale.at(glu, row_range, expert, f), shared);
+    add_outer(glu, gradients.scale, visit, f, shared);
   }
   for_each_place<kPer<T>>([&](int h, int c) {
     if (visit.mine[h]) dbase.at(h, c) += dy.at(h, c);
   });
   if (!side.a_NR) return;
   for_each_place<kPer<T>>([&](int h, int c) { put(dy.at(h, c), visit, h, c, shared); });
-  shrink(dy, columns_of_matrix(glu, b_ERF, expert, f), glu.F, glu.R, visit.mine, da);
-  add_outer(db, visit, db.at(glu, row_range, expert, f), shared);
+  shrink(
+      dy, columns_of_matrix(glu, gradients.b_ERF, visit.expert, f), glu.F, glu.R, visit.mine, da);
+  add_outer(glu, gradients.b, visit, f, shared);
 }
 
 // The sums of this block over its rows, which each lane keeps for itself.
@@ -172,7 +177,7 @@ __global__ void glu_backward_kernel(const __grid_constant__ GluBackward<T> b) {
       reinterpret_cast<T*>(reinterpret_cast<char*>(shared_sums) + b.rows.shared_bytes);
   const int64_t range = blockIdx.y;
   const int64_t first = range * glu.range, last = smaller(glu.F, first + glu.range);
-  for (const Gradient<T>* x : {&b.gate, &b.up, &b.down, &b.scale_gate, &b.scale_up}) {
+  for (const Gradient<T>* x : {&b.gate.b, &b.gate.scale, &b.up.b, &b.up.scale, &b.down}) {
     clear(glu, *x, first, last);
   }
 
@@ -219,33 +224,9 @@ __global__ void glu_backward_kernel(const __grid_constant__ GluBackward<T> b) {
           const S sum = sum_lanes(dweight[i], 4);
           if (visit.mine[i] && lane_quarter() == 0) of_weight[2 * i] += sum;
         }
-        if (b.dz_NR) {
-          add_outer(b.down, visit, b.down.at(glu, blockIdx.x, visit.expert, f), shared_factors);
-        }
-        side_backward(glu,
-                      glu.gate,
-                      b.b_gate_ERF,
-                      b.gate,
-                      b.scale_gate,
-                      visit,
-                      f,
-                      gate,
-                      gate_k,
-                      dgate,
-                      sums_k,
-                      shared_factors);
-        side_backward(glu,
-                      glu.up,
-                      b.b_up_ERF,
-                      b.up,
-                      b.scale_up,
-                      visit,
-                      f,
-                      up,
-                      up_k,
-                      dup,
-                      of_up,
-                      shared_factors);
+        if (b.dz_NR) add_outer(glu, b.down, visit, f, shared_factors);
+        side_backward(glu, glu.gate, b.gate, visit, f, gate, gate_k, dgate, sums_k, shared_factors);
+        side_backward(glu, glu.up, b.up, visit, f, up, up_k, dup, of_up, shared_factors);
       });
       store_rows(glu, dgate, rows, f, p.dgate_TF);
       store_rows(glu, dup, rows, f, p.dup_TF);
@@ -279,11 +260,11 @@ __global__ void add_gradients_kernel(const __grid_constant__ SharedGluParams p,
   }
   const int64_t expert = at / products / steps, step = at / products % steps;
   const int product = at % products, down = product % Gradient<T>::kDown;
-  S* d_FR = gradient.d_EFR + expert * p.ffn * gradient.real_R;
+  S* d_FR = gradient.d_EFR + expert * p.ffn * gradient.rank;
   for_each_place<2>([&](int h, int j) {
     const int64_t f = step * kColumns<T> + down * 16 + lane_row() + 8 * h;
     const int r = product / Gradient<T>::kDown * 8 + 2 * lane_quarter() + j;
-    if (f >= p.ffn || r >= gradient.real_R) return;
+    if (f >= p.ffn || r >= gradient.rank) return;
     d_FR[f * gradient.f_stride + r * gradient.r_stride] = gradient.scale * total.x[2 * h + j];
   });
 }
@@ -301,45 +282,44 @@ void backward(const SharedGluParams& p, CudaQueue& queue) {
 
   Copier<T> copier(p, queue);
   const Glu<T> glu = glu_for<T>(p, kRangeColumns, copier);
-  const int R = glu.R, real_R = static_cast<int>(p.rank), groups = R / 8;
+  const int groups = glu.R / 8;
   const S scaling = static_cast<S>(p.scaling);
-  const auto gradient =
-      [&](const T* a_NR, void* d_EFR, bool of_matrix, int64_t f_stride, int64_t r_stride, S scale) {
-        Gradient<T> gradient{a_NR,
-                             of_matrix ? R : 8,
-                             of_matrix ? real_R : 1,
-                             nullptr,
-                             static_cast<S*>(d_EFR),
-                             f_stride,
-                             r_stride,
-                             scale};
-        const int64_t size = row_ranges * p.experts * (glu.F / kColumns<T>)*gradient.products();
-        if (d_EFR) gradient.sums = allocate<S>(queue, size * kLanes * 4);
-        return gradient;
-      };
+  const auto gradient = [&](Gradient<T> gradient) {
+    const int64_t size = row_ranges * p.experts * (glu.F / kColumns<T>)*gradient.products();
+    if (gradient.d_EFR) gradient.sums = allocate<S>(queue, size * kLanes * 4);
+    return gradient;
+  };
+  const auto of_matrix = [&](const T* a_NR, void* d, int64_t f_stride, int64_t r_stride, S scale) {
+    return gradient({a_NR, glu.R, p.rank, nullptr, static_cast<S*>(d), f_stride, r_stride, scale});
+  };
+  const auto of_side = [&](const Side<T>& side, const void* b_EFR, void* db_EFR, void* dscale_EF) {
+    return SideGradients<T>{
+        copier.by_rank(b_EFR, p.rank, 1),
+        of_matrix(side.a_NR, db_EFR, p.rank, 1, scaling),
+        gradient({nullptr, 8, 1, nullptr, static_cast<S*>(dscale_EF), 1, 1, 1})};
+  };
+  const auto of_rows = [&](void* da_TKR, int64_t rank, int groups, S scale) {
+    return RowOutput<S>{static_cast<S*>(da_TKR), rank, groups, scale};
+  };
+  const T* a_down_EFR = copier.by_column(p.a_down_ERF, 1, p.ffn);
   const T* dz_NR = copier.rows(p.dz_TKR);
-  const T *b_gate_ERF = copier.by_rank(p.b_gate_EFR, p.rank, 1),
-          *b_up_ERF = copier.by_rank(p.b_up_EFR, p.rank, 1),
-          *a_down_EFR = copier.by_column(p.a_down_ERF, 1, p.ffn);
+  const GluBackward<T> b{
+      glu,
+      a_down_EFR,
+      dz_NR,
+      of_side(glu.gate, p.b_gate_EFR, p.db_gate_EFR, p.dscale_gate_EF),
+      of_side(glu.up, p.b_up_EFR, p.db_up_EFR, p.dscale_up_EF),
+      of_matrix(dz_NR, p.da_down_ERF, 1, p.ffn, 1),
+      row_sums_for<S>(p,
+                      queue,
+                      ranges,
+                      {of_rows(p.da_gate_TKR, p.rank, glu.gate.a_NR ? groups : 0, scaling),
+                       of_rows(p.da_up_TKR, p.rank, glu.up.a_NR ? groups : 0, scaling),
+                       of_rows(p.dweight_TK, 1, 1, 1)}),
+      row_blocks};
   copier.run();
-  const RowOutput<S> da_gate{
-      static_cast<S*>(p.da_gate_TKR), real_R, glu.gate.a_NR ? groups : 0, scaling},
-      da_up{static_cast<S*>(p.da_up_TKR), real_R, glu.up.a_NR ? groups : 0, scaling},
-      dweight{static_cast<S*>(p.dweight_TK), 1, 1, 1};
-  const GluBackward<T> b{glu,
-                         b_gate_ERF,
-                         b_up_ERF,
-                         a_down_EFR,
-                         dz_NR,
-                         gradient(glu.gate.a_NR, p.db_gate_EFR, true, p.rank, 1, scaling),
-                         gradient(glu.up.a_NR, p.db_up_EFR, true, p.rank, 1, scaling),
-                         gradient(dz_NR, p.da_down_ERF, true, 1, p.ffn, 1),
-                         gradient(nullptr, p.dscale_gate_EF, false, 1, 1, 1),
-                         gradient(nullptr, p.dscale_up_EF, false, 1, 1, 1),
-                         row_sums_for<S>(p, queue, ranges, {da_gate, da_up, dweight}),
-                         row_blocks};
   const int64_t factors_bytes =
-      (kColumns<T> + std::min<int64_t>(kRanksAtOnce, std::max(R, 8))) * kStride * sizeof(T);
+      (kColumns<T> + std::min(kRanksAtOnce, std::max(glu.R, 8))) * kStride * sizeof(T);
   launch<glu_backward_kernel<T>>(dim3(row_ranges, ranges),
                                  dim3(kLanes, kWarps),
                                  experts_bytes(p) + b.rows.shared_bytes + factors_bytes,
@@ -347,7 +327,7 @@ void backward(const SharedGluParams& p, CudaQueue& queue) {
                                  b);
   add_rows(p, b.rows, queue);
 
-  const Gradients<T> gradients{{b.gate, b.up, b.down, b.scale_gate, b.scale_up}};
+  const Gradients<T> gradients{{b.gate.b, b.gate.scale, b.up.b, b.up.scale, b.down}};
   const int64_t size = p.experts * (glu.F / kColumns<T>)*Gradient<T>::kDown * std::max(groups, 1);
   if (size == 0) return;
   launch<add_gradients_kernel<T>>(

@@ -76,7 +76,7 @@ void forward(const SharedGluParams& p, CudaQueue& queue) {
   const T* a_down_ERF = copier.by_rank(p.a_down_ERF, 1, p.ffn);
   copier.run();
   const int groups = a_down_ERF ? glu.R / 8 : 0;
-  const RowOutput<S> output{static_cast<S*>(p.z_TKR), static_cast<int>(p.rank), groups, 1};
+  const RowOutput<S> output{static_cast<S*>(p.z_TKR), p.rank, groups, 1};
   const auto z = row_sums_for<S>(p, queue, ranges, {output});
   launch<glu_kernel<T>>(dim3(blocks, ranges),
                         dim3(kLanes, kWarps),
