@@ -1,5 +1,5 @@
-# Works in the active environment, or that of $(PYTHON), else in .venv, created with it. Installs what is missing
-# there (tools/ensure.py) and never replaces an installed torch.
+# Works in the active environment, or that of $(PYTHON), else in .venv, created with it. Installs
+# what is missing there (tools/ensure.py) and never replaces an installed torch.
 
 PYTHON ?= python3
 OWN := import sys; sys.prefix != sys.base_prefix and print(sys.prefix)

@@ -6,7 +6,9 @@
 //   - two threads access the same bytes, one of them writes, and neither __syncthreads nor
 //     __syncwarp stands between the two (blocks have no order at all),
 //   - shared memory is read that nothing has written, or accessed beside its arrays,
-//   - an address is not a multiple of the size of what is loaded or stored.
+//   - an address is not a multiple of the size of what is loaded or stored,
+//   - shared memory is accessed while a copy to it is under way: copies land when they are waited
+//     for, at the latest possible time.
 // In other builds (AddressSanitizer) nothing calls them.
 
 #include "cuda_on_cpu.h"
@@ -14,6 +16,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <functional>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -70,6 +73,14 @@ constexpr int64_t kStackBytes = 1 << 16, kArenaBytes = 128 * 1024, kFrameBytes =
 
 enum class State { kReady, kBarrier, kCollective, kDone };
 
+// Of copy_async, under way.
+struct Copy {
+  char* to;
+  const char* from;
+  bool valid;
+  int group;
+};
+
 struct Thread {
   void* stack_pointer;
   State state;
@@ -80,6 +91,8 @@ struct Thread {
   const void* given;
   void* taken;
   uint32_t num_barriers, num_warp_barriers;
+  std::vector<Copy> copies;
+  int num_groups;  // of copies that it has committed
 };
 
 struct Array {
@@ -101,11 +114,13 @@ struct Cell {
 };
 
 struct Count {
-  int64_t launches = 0, read_bytes = 0, written_bytes = 0;
+  int64_t launches = 0, read_bytes = 0, written_bytes = 0, mmas = 0;
 };
 
-// Two bytes of global memory, or one of shared memory, have a cell.
+// Two bytes of memory have a cell.
 constexpr uintptr_t kCellBytes = 2, kPageBytes = 4096;
+
+constexpr int64_t kCopyBytes = 16;  // cp.async
 
 Thread threads[kMaxThreads];
 Thread* current;  // null: the host
@@ -125,7 +140,8 @@ std::mt19937 generator;
 
 uint32_t block_number, first_block_of_launch;
 std::unordered_map<uintptr_t, std::unique_ptr<Cell[]>> pages;
-Cell shared_cells[kArenaBytes];
+Cell shared_cells[kArenaBytes / kCellBytes];
+bool under_way[kArenaBytes / kCellBytes];  // a copy to this cell
 std::map<std::string, Count> counts;
 Count* count;
 
@@ -175,6 +191,7 @@ void thread_main() {
   __sanitizer_finish_switch_fiber(nullptr, &host_stack, &host_stack_bytes);
 #endif
   thread_function(thread_context);
+  if (!current->copies.empty()) fail("a thread ends without waiting for its copies");
   wait(State::kDone, 0);
 }
 
@@ -340,23 +357,35 @@ bool enter(Cell& cell, bool write, bool atomic) {
   return before.block != now.block;
 }
 
+int64_t cell_behind(int64_t bytes) { return (bytes + kCellBytes - 1) / kCellBytes; }
+
 void enter_shared(char* p, int64_t bytes, bool write, bool atomic) {
   const auto around = [&](const Array& x) {
     return x.begin <= p && p + bytes <= x.begin + x.bytes;
   };
   if (std::none_of(arrays.begin(), arrays.end(), around)) fail("beside a shared array");
-  for (char* byte = p; byte < p + bytes; ++byte) {
-    Cell& cell = shared_cells[byte - arena];
+  for (int64_t i = (p - arena) / kCellBytes; i < cell_behind(p + bytes - arena); ++i) {
+    Cell& cell = shared_cells[i];
     if (!write && cell.writer.block != block_number) fail("a load of unwritten shared memory");
+    if (under_way[i]) fail("a copy to this shared memory has not been waited for");
     enter(cell, write, atomic);
   }
 }
 
+Cell* cells_of(uintptr_t page) {
+  static uintptr_t last_page;
+  static Cell* last_cells;
+  if (page == last_page) return last_cells;
+  auto& cells = pages[page];
+  if (!cells) cells = std::make_unique<Cell[]>(kPageBytes / kCellBytes);
+  last_page = page;
+  return last_cells = cells.get();
+}
+
 void enter_global(uintptr_t p, int64_t bytes, bool write, bool atomic) {
   for (uintptr_t at = p / kCellBytes * kCellBytes; at < p + bytes; at += kCellBytes) {
-    auto& page = pages[at / kPageBytes];
-    if (!page) page = std::make_unique<Cell[]>(kPageBytes / kCellBytes);
-    if (enter(page[at % kPageBytes / kCellBytes], write, atomic)) {
+    Cell& cell = cells_of(at / kPageBytes)[at % kPageBytes / kCellBytes];
+    if (enter(cell, write, atomic)) {
       (write ? count->written_bytes : count->read_bytes) += std::min<int64_t>(bytes, kCellBytes);
     }
   }
@@ -367,8 +396,14 @@ struct InRuntime {
   ~InRuntime() { in_runtime = false; }
 };
 
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kAllIsSeen = false;
+#else
+constexpr bool kAllIsSeen = true;
+#endif
+
 void enter(void* p, int64_t bytes, bool write, bool atomic = false) {
-  if (!current || in_runtime) return;
+  if (!current || in_runtime || !kAllIsSeen) return;
   const InRuntime guard;
   char* const address = static_cast<char*>(p);
   const auto within = [&](const char* begin, int64_t size) {
@@ -415,7 +450,8 @@ void* shared_array(const char* file, int line, int64_t bytes) {
   ASAN_UNPOISON_MEMORY_REGION(begin, bytes);
 #endif
   std::fill_n(begin, bytes, 0xff);
-  std::fill_n(shared_cells + (begin - arena), bytes, Cell{});
+  std::fill_n(shared_cells + (begin - arena) / kCellBytes, cell_behind(bytes), Cell{});
+  std::fill_n(under_way + (begin - arena) / kCellBytes, cell_behind(bytes), false);
   arrays.push_back({key, begin, bytes});
   return begin;
 }
@@ -427,6 +463,57 @@ void check_aligned(const void* p, int64_t bytes) {
 }
 
 void* dynamic_shared() { return shared_array("dynamic", 0, dynamic_bytes); }
+
+void check_shared(const void* p, const char* what) {
+  const char* address = static_cast<const char*>(p);
+  if (address < arena || arena + kArenaBytes <= address) fail(std::string(what) + " shared memory");
+}
+
+// Until it lands, there is NaN, and nothing may look at it.
+void copy_async(void* to, const void* from, bool valid) {
+  check_aligned(to, kCopyBytes);
+  check_shared(to, "a copy's target is not in");
+  if (valid) check_aligned(from, kCopyBytes);
+  enter(to, kCopyBytes, true);
+  if (valid) enter(const_cast<void*>(from), kCopyBytes, false);
+  const InRuntime guard;
+  memset(to, 0xff, kCopyBytes);
+  char* const begin = static_cast<char*>(to);
+  std::fill_n(under_way + (begin - arena) / kCellBytes, kCopyBytes / kCellBytes, true);
+  current->copies.push_back({begin, static_cast<const char*>(from), valid, current->num_groups});
+}
+
+void commit_copies() { ++current->num_groups; }
+
+void wait_for_copies(int groups) {
+  std::vector<Copy> landing;
+  {
+    const InRuntime guard;
+    const auto waits = [&](const Copy& copy) { return copy.group >= current->num_groups - groups; };
+    std::vector<Copy>& copies = current->copies;
+    const auto first = std::partition_point(copies.begin(), copies.end(), std::not_fn(waits));
+    landing.assign(copies.begin(), first);
+    copies.erase(copies.begin(), first);
+  }
+  for (const Copy& copy : landing) {
+    std::fill_n(under_way + (copy.to - arena) / kCellBytes, kCopyBytes / kCellBytes, false);
+    enter(copy.to, kCopyBytes, true);
+    if (copy.valid) {
+      memcpy(copy.to, copy.from, kCopyBytes);
+    } else {
+      memset(copy.to, 0, kCopyBytes);
+    }
+  }
+}
+
+void read_shared(void* to, const void* from, int64_t bytes) {
+  check_aligned(from, bytes);
+  check_shared(from, "ldmatrix reads what is not in");
+  enter(const_cast<void*>(from), bytes, false);
+  memcpy(to, from, bytes);
+}
+
+void count_mma() { ++count->mmas; }
 
 int atomic_add(int* p, int x) {
   enter(p, sizeof(int), true, true);
@@ -498,14 +585,14 @@ EXPORT void on_cpu_set_order(int order, unsigned seed) {
   on_cpu::generator.seed(seed);
 }
 
-// "<kernel>\t<launches>\t<bytes read>\t<bytes written>\n" of each kernel since the last call. What
-// a block accesses again is not counted again.
+// "<kernel>\t<launches>\t<bytes read>\t<bytes written>\t<mma>\n" of each kernel since the last
+// call. What a block accesses again is not counted again.
 EXPORT const char* on_cpu_counts() {
   static std::string said;
   std::ostringstream lines;
   for (const auto& [kernel, count] : on_cpu::counts) {
     lines << kernel << "\t" << count.launches << "\t" << count.read_bytes << "\t"
-          << count.written_bytes << "\n";
+          << count.written_bytes << "\t" << count.mmas << "\n";
   }
   on_cpu::counts.clear();
   return (said = lines.str()).c_str();

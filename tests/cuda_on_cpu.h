@@ -14,6 +14,7 @@
 #include "common/cuda.h"
 
 #define __global__
+#define __host__
 #define __device__
 #define __grid_constant__
 
@@ -37,6 +38,11 @@ void* shared_array(const char* file, int line, int64_t bytes);
 void* dynamic_shared();
 int atomic_add(int* p, int x);
 void check_aligned(const void* p, int64_t bytes);
+void copy_async(void* to, const void* from, bool valid);
+void commit_copies();
+void wait_for_copies(int groups);
+void read_shared(void* to, const void* from, int64_t bytes);
+void count_mma();
 void run(const std::string& kernel,
          dim3 grid,
          dim3 block,
@@ -74,6 +80,11 @@ inline int lane() {
 
 void __syncthreads(int line = __builtin_LINE());
 void __syncwarp(uint32_t mask = 0xffffffff, int line = __builtin_LINE());
+
+template <class T>
+T __shfl_sync(uint32_t mask, T value, int source, int line = __builtin_LINE()) {
+  return on_cpu::shuffle(mask, value, source, line);
+}
 
 template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int distance, int line = __builtin_LINE()) {
@@ -121,6 +132,7 @@ inline uint32_t __ballot_sync(uint32_t mask, bool value, int line = __builtin_LI
 
 inline int atomicAdd(int* p, int x) { return on_cpu::atomic_add(p, x); }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 
 #define SHARED_ARRAY(type, name) \
   using name##_t = type;         \
@@ -176,6 +188,85 @@ void start(dim3 grid, dim3 block, int64_t shared_bytes, CudaQueue& queue, Argume
       queue.error,
       [](const void* context) { (*static_cast<const decltype(thread)*>(context))(); },
       &thread);
+}
+
+// Of csrc/common/mma.cuh. The tables are those of the PTX ISA: "Matrix fragments for mma.m16n8k16
+// with floating point type" and "Warp-level matrix load instruction: ldmatrix".
+inline void copy_async(void* to, const void* from, bool valid) {
+  on_cpu::copy_async(to, from, valid);
+}
+inline void commit_copies() { on_cpu::commit_copies(); }
+template <int kGroups>
+void wait_for_copies() {
+  on_cpu::wait_for_copies(kGroups);
+}
+
+template <bool kTransposed>
+void load_matrices(uint32_t (&x)[4], const void* row, int line = __builtin_LINE()) {
+  uint16_t row_of_lane[8];
+  on_cpu::read_shared(row_of_lane, row, sizeof row_of_lane);
+  const on_cpu::Join join = [](uint32_t lanes, const void* const* given, void* const* taken) {
+    if (lanes != 0xffffffff) on_cpu::fail("ldmatrix is without some lanes");
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 8; ++i) {
+        const int row = lane / 4, column = lane % 4 * 2 + i % 2, matrix = i / 2 * 8;
+        const int from = matrix + (kTransposed ? column : row), at = kTransposed ? row : column;
+        static_cast<uint16_t*>(taken[lane])[i] = static_cast<const uint16_t*>(given[from])[at];
+      }
+    }
+  };
+  on_cpu::collective(0xffffffff, line, join, row_of_lane, x);
+}
+
+template <class T>
+void mma(float (&sum)[4],
+         const uint32_t (&a)[4],
+         const uint32_t (&b)[2],
+         int line = __builtin_LINE()) {
+  struct Given {
+    T a[8], b[4];
+    float sum[4];
+  } given;
+  memcpy(given.a, a, sizeof a);
+  memcpy(given.b, b, sizeof b);
+  memcpy(given.sum, sum, sizeof sum);
+  const on_cpu::Join join = [](uint32_t lanes, const void* const* given, void* const* taken) {
+    if (lanes != 0xffffffff) on_cpu::fail("mma is without some lanes");
+    float a_MK[16][16], b_KN[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const Given& of_lane = *static_cast<const Given*>(given[lane]);
+      const int group = lane / 4, in_group = lane % 4;
+      for (int i = 0; i < 8; ++i) {
+        const int row = i < 2 || (4 <= i && i < 6) ? group : group + 8;
+        const int column = i < 4 ? in_group * 2 + i % 2 : in_group * 2 + i % 2 + 8;
+        a_MK[row][column] = widen(of_lane.a[i]);
+      }
+      for (int i = 0; i < 4; ++i) {
+        const int row = i < 2 ? in_group * 2 + i % 2 : in_group * 2 + i % 2 + 8;
+        b_KN[row][group] = widen(of_lane.b[i]);
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        const int row = i < 2 ? lane / 4 : lane / 4 + 8, column = lane % 4 * 2 + i % 2;
+        float sum = static_cast<const Given*>(given[lane])->sum[i];
+        for (int k = 0; k < 16; ++k) sum += a_MK[row][k] * b_KN[k][column];
+        static_cast<float*>(taken[lane])[i] = sum;
+      }
+    }
+    on_cpu::count_mma();
+  };
+  on_cpu::collective(0xffffffff, line, join, &given, sum);
+}
+
+template <class T>
+uint32_t pack_pair(float low, float high) {
+  T pair[2];
+  narrow(low, pair[0]);
+  narrow(high, pair[1]);
+  uint32_t word;
+  memcpy(&word, pair, sizeof word);
+  return word;
 }
 
 }  // namespace mixlora

@@ -11,6 +11,7 @@ with cuda_on_gpu():                     the same, on a GPU: what an op is given 
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +33,11 @@ ROOT = Path(__file__).resolve().parents[1]
 SANITIZER = os.environ.get("MIXLORA_CUDA_ON_CPU_FLAGS", "")  # tools/sanitize.py
 CXX = os.environ.get("CXX", "g++")
 ORDERS = ("ascending", "descending", "random")
-OPS = sorted(path.parent.name for path in ROOT.glob("csrc/*/*_cuda.cu"))
-KERNELS = [op for op in OPS for op in (op, f"{op}_backward") if hasattr(torch.ops.mixlora, op)]
+SOURCES = sorted(ROOT.glob("csrc/*/*_cuda.cu"))
+OPS = sorted({path.parent.name for path in SOURCES})
+KERNELS_OF = {
+    op: re.findall(r'm\.impl\("(\w+)"', (ROOT / f"csrc/{op}/{op}.cpp").read_text()) for op in OPS
+}
 TORCH = Path(torch.__file__).parent
 FLAGS = "-std=c++20 -Wall -Wno-unknown-pragmas -fPIC -fvisibility=hidden -MMD -Icsrc -Itests -g1"
 NINJA = """rule compile
@@ -60,9 +65,8 @@ def build(folder: Path) -> Path:
     kernel_flags = "-O1" if SANITIZER else "-O1 -fsanitize=thread"
     entry = f"-O1 -DMIXLORA_CUDA_ON_CPU -DTORCH_TARGET_VERSION=0x020b000000000000 -I{TORCH}/include"
     jobs = [("tests/cuda_on_cpu.cpp", "-O2")]
-    for op in OPS:
-        jobs.append((f"csrc/{op}/{op}_cuda.cu", f"{kernel_flags} -x c++"))
-        jobs.append((f"csrc/{op}/{op}.cpp", entry))
+    jobs += [(str(path.relative_to(ROOT)), f"{kernel_flags} -x c++") for path in SOURCES]
+    jobs += [(f"csrc/{op}/{op}.cpp", entry) for op in OPS]
     text = NINJA.format(cxx=CXX, flags=f"{FLAGS} {more_flags}", more_flags=more_flags, torch=TORCH)
     objects = [folder / f"{Path(source).name}.o" for source, _ in jobs]
     for (source, flags), output in zip(jobs, objects, strict=True):
@@ -136,7 +140,7 @@ def in_place_of_the_cpus(call: Callable[..., object]) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
-            for kernel in KERNELS:
+            for kernel in chain(*KERNELS_OF.values()):
                 library.impl(kernel, partial(call, kernel), "CPU")
         yield
     finally:
@@ -147,6 +151,7 @@ class Count(NamedTuple):
     launches: int
     read_bytes: int
     written_bytes: int
+    mmas: int  # of a warp, 16 x 8 x 16 multiplications each
 
 
 def counts() -> dict[str, Count]:

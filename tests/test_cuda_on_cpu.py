@@ -18,12 +18,13 @@ from tests.cuda_on_cpu import (
     ORDERS,
     ROOT,
     SANITIZER,
+    Count,
     build,
     counts,
     cuda_on_cpu,
 )
 from tests.kernels import poisoned
-from tests.numerics import assert_close_to_ref64
+from tests.numerics import assert_close, assert_close_to_ref64
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"CUDA kernels on the CPU: {MISSING}")
 seen = pytest.mark.skipif(bool(SANITIZER), reason="a sanitizer sees the accesses")
@@ -145,6 +146,54 @@ def test_bytes_that_kernels_move() -> None:
     moved(lambda: ops.moe_gather(x_TD, alone), read=tokens + index, written=rows)
 
 
+# Of each 16 bytes of x, by the first 16 threads.
+COPY = "SHARED_ARRAY(float[64], x); if (threadIdx.x < 16) "
+COPY += "copy_async(x + 4 * threadIdx.x, p, true);"
+
+
+def count_of(kernel: str, run) -> Count:
+    with cuda_on_cpu():
+        counts()
+        run()
+    (found,) = (count for name, count in counts().items() if name.startswith(kernel))
+    return found
+
+
+@seen
+@pytest.mark.parametrize("adapted", [False, True])
+def test_bytes_that_the_mixture_moves(adapted: bool) -> None:
+    """[T, F] once; besides that of each block of 64 tokens the experts' matrices, of each range of
+    columns the slots' rows."""
+    T, K, E, F, R = 128, 2, 4, 512, 16
+    plan = ops.moe_sort(some_experts(T, K, E, "uniform"), E)
+    gate_TF, up_TF, dhbar_TF = (values(T, F, seed=i).bfloat16() for i in range(3))
+    a_TKR, b_EFR, a_ERF = values(T, K, R).float(), values(E, F, R).float(), values(E, R, F).float()
+    given = [a_TKR, a_TKR, b_EFR, b_EFR, a_ERF] if adapted else [None] * 5
+    places = plan.expert_TK, plan.token_order_T, values(T, K).float()
+    inputs = gate_TF, up_TF, *given, *places, *[None] * 4, E, 1.0, 0, 0.0, None
+    dz_TKR = a_TKR if adapted else None
+
+    experts = sum(
+        len(order_T.unique()) for order_T in plan.expert_TK[plan.token_order_T.long()].split(64)
+    )
+    once, matrix, rows, index = 2 * T * F, 2 * experts * F * R, 2 * T * K * R, 4 * T * (2 * K + 1)
+    found = count_of("glu_kernel", lambda: torch.ops.mixlora.shared_glu(*inputs))
+    more = adapted * (3 * matrix + 16 * 2 * rows) + 16 * index
+    assert 2 * once <= found.read_bytes <= 1.05 * 2 * once + more
+    assert once <= found.written_bytes <= once + adapted * 16 * 2 * rows
+
+    backward = torch.ops.mixlora.shared_glu_backward
+    found = count_of("glu_backward_kernel", lambda: backward(dhbar_TF, dz_TKR, *inputs))
+    sums = 3 * 4 * E * F * R  # of the one range of tokens
+    more = adapted * (5 * matrix + 2 * 3 * rows + sums) + 2 * index
+    assert 3 * once <= found.read_bytes <= 1.05 * 3 * once + more
+    assert (
+        2 * once
+        <= found.written_bytes
+        <= 2 * once + adapted * (sums + 2 * 2 * 2 * rows) + 2 * 32 * T * K
+    )
+
+
 FAULTS = {
     "a barrier is missing": (
         "SHARED_ARRAY(float[64], x); x[threadIdx.x] = 1; p[threadIdx.x] = x[63 - threadIdx.x];",
@@ -185,6 +234,58 @@ FAULTS = {
         "if (threadIdx.x % 2) __syncwarp();\n else __ballot_sync(kAllLanes, true);",
         "are in different collectives",
     ),
+    "a copy is not waited for": (
+        COPY + "__syncthreads(); p[threadIdx.x] = x[threadIdx.x];",
+        "a copy to this shared memory has not been waited for",
+    ),
+    "a copy is waited for too weakly": (
+        COPY + "commit_copies(); wait_for_copies<1>(); __syncthreads();"
+        "p[threadIdx.x] = x[threadIdx.x];",
+        "a copy to this shared memory has not been waited for",
+    ),
+    "a copy is waited for before it is committed": (
+        COPY + "wait_for_copies<0>(); __syncthreads(); p[threadIdx.x] = x[threadIdx.x];",
+        "a copy to this shared memory has not been waited for",
+    ),
+    "a barrier is missing behind a copy": (
+        COPY + "commit_copies(); __syncthreads(); wait_for_copies<0>(); p[threadIdx.x] = x[63];",
+        "not ordered after an access|has not been waited for",
+    ),
+    "a copy overwrites what others read": (
+        COPY + "commit_copies(); wait_for_copies<0>(); __syncthreads(); p[threadIdx.x] = x[63];"
+        "copy_async(x + 4 * (threadIdx.x % 16), p, true); commit_copies(); wait_for_copies<0>();",
+        "a store is not ordered after an access",
+    ),
+    "a copy that nobody waits for": (COPY + "commit_copies();", "ends without waiting for its"),
+    "a copy is not aligned": (
+        "SHARED_ARRAY(float[64], x); copy_async(x, p + 1, true);",
+        "an address is no multiple of 16",
+    ),
+    "a copy out of shared memory": (
+        "copy_async(p, p + 64, true);",
+        "a copy's target is not in shared memory",
+    ),
+    "a copy ends beside its array": (
+        "SHARED_ARRAY(float[62], x); copy_async(x + 60, p, true);",
+        "beside a shared array",
+    ),
+    "a matrix of global memory": (
+        "uint32_t x[4]; load_matrices<false>(x, p);",
+        "ldmatrix reads what is not in shared memory",
+    ),
+    "a row of a matrix is not aligned": (
+        "SHARED_ARRAY(float[64], x); uint32_t y[4]; load_matrices<false>(y, x + 1);",
+        "an address is no multiple of 16",
+    ),
+    "a barrier is missing before a matrix is loaded": (
+        "SHARED_ARRAY(float[256], x); for (int i = 0; i < 4; ++i) x[64 * i + threadIdx.x] = 1;"
+        "uint32_t y[4]; load_matrices<true>(y, x + 4 * threadIdx.x);",
+        "not ordered after an access|unwritten",
+    ),
+    "lanes that do not multiply": (
+        "Sums sum; if (threadIdx.x % 32) multiply<Bf16>(sum, TileA{}, TileB{});",
+        "mma is without some lanes",
+    ),
     "an index out of range": (
         "const int i = threadIdx.x; CHECK_INDEX(i, 0, 63);",
         r"i must be in \[0, 63\), got 63",
@@ -192,20 +293,27 @@ FAULTS = {
 }
 
 
-TEMPLATE = """
-#include "common/cuda.cuh"
-namespace mixlora {
-namespace {
-KERNELS
+def compiled(folder: Path, kernels: str, entry: str) -> ctypes.CDLL:
+    """Kernels, and a function `run` that launches them in `queue`; it returns what is wrong."""
+    source, library = folder / "kernels.cu", folder / "kernels.so"
+    source.write_text(
+        f"""#include "common/mma.cuh"
+namespace mixlora {{
+namespace {{
+{kernels}
 std::string error;
-}
-extern "C" __attribute__((visibility("default"))) const char* run(int i, float* p) {
-  CudaQueue queue{};
-  LAUNCHES
-  return (error = queue.error).c_str();
-}
-}
-"""
+}}
+extern "C" __attribute__((visibility("default"))) {entry}
+}}"""
+    )
+    command = [CXX, *FLAGS.replace("-MMD", "").split(), "-O1", "-Wno-unused"]
+    for file, *more in (source, "-fsanitize=thread", "-xc++"), (ROOT / "tests/cuda_on_cpu.cpp",):
+        more += ["-c", str(file), "-o", str(folder / f"{file.name}.o")]
+        subprocess.run(command + more, cwd=ROOT, check=True)
+    subprocess.run([CXX, "-shared", *folder.glob("*.o"), "-o", library], check=True)
+    loaded = ctypes.CDLL(str(library))
+    loaded.run.restype = loaded.on_cpu_counts.restype = ctypes.c_char_p
+    return loaded
 
 
 @seen
@@ -219,22 +327,96 @@ def test_faults_that_the_runtime_notices(tmp_path: Path) -> None:
         f"if (i == {i}) launch<kernel_{i}>(dim3(2), dim3(64), 0, queue, p);\n"
         for i in range(len(bodies))
     )
-    text = TEMPLATE.replace("KERNELS", kernels).replace("LAUNCHES", launches)
-    source, library = tmp_path / "faults.cu", tmp_path / "faults.so"
-    source.write_text(text)
-    command = [CXX, *FLAGS.replace("-MMD", "").split(), "-O1", "-Wno-unused"]
-    for file, *more in (source, "-fsanitize=thread", "-xc++"), (ROOT / "tests/cuda_on_cpu.cpp",):
-        more += ["-c", str(file), "-o", str(tmp_path / f"{file.name}.o")]
-        subprocess.run(command + more, cwd=ROOT, check=True)
-    subprocess.run([CXX, "-shared", *tmp_path.glob("*.o"), "-o", library], check=True)
-
-    run = ctypes.CDLL(str(library)).run
-    run.restype, run.argtypes = ctypes.c_char_p, (ctypes.c_int, ctypes.c_void_p)
+    entry = f"""const char* run(int i, float* p) {{
+      CudaQueue queue{{}};
+      {launches}
+      return (error = queue.error).c_str();
+    }}"""
+    run = compiled(tmp_path, kernels, entry).run
+    run.argtypes = ctypes.c_int, ctypes.c_void_p
     memory = torch.zeros(1024)
     for i, (name, (_, message)) in enumerate(FAULTS.items()):
         said = run(i, memory.data_ptr()).decode()
         assert re.match(rf"kernel_{i}, block \(.*({message})", said), f"{name}: {said or 'nothing'}"
     assert run(len(FAULTS), memory.data_ptr()) == b""
+
+
+# c = a b [16, 16] by one warp, 16 terms at a time, and c, rounded, times b's first rows; copies of
+# the next terms are under way while it multiplies.
+PRODUCT = """
+template <class T, bool kTurnedA, bool kTurnedB>
+__global__ void product_kernel(const T* a, const T* b, int num_terms, float* c, float* cb) {
+  constexpr int kStride = 24;
+  SHARED_ARRAY(T[2][2][16 * kStride], tiles);
+  const int lane = threadIdx.x, row = lane / 2, column = lane % 2 * 8;
+  const auto copy = [&](T* to, const T* from, bool terms_in_rows, int k) {
+    const int term = terms_in_rows ? k + column : k + row;
+    const T* p = from + (terms_in_rows ? row * num_terms + term : term * 16 + column);
+    copy_async(to + row * kStride + column, p, term < num_terms);
+  };
+  const auto copy_both = [&](int i) {
+    copy(tiles[i % 2][0], a, !kTurnedA, 16 * i);
+    copy(tiles[i % 2][1], b, kTurnedB, 16 * i);
+    commit_copies();
+  };
+  Sums sums[2], more[2];
+  TileB b_tiles[2], first[2];
+  const int steps = (num_terms + 15) / 16;
+  copy_both(0);
+  for (int i = 0; i < steps; ++i) {
+    copy_both(i + 1);
+    wait_for_copies<1>();
+    __syncwarp();
+    const TileA a_tile = load_a<kTurnedA>(tiles[i % 2][0], kStride);
+    load_b<kTurnedB>(b_tiles, tiles[i % 2][1], kStride);
+    for (int j = 0; j < 2; ++j) {
+      if (i == 0) first[j] = b_tiles[j];
+      multiply<T>(sums[j], a_tile, b_tiles[j]);
+    }
+    __syncwarp();
+  }
+  wait_for_copies<0>();
+  const TileA c_tile = as_a<T>(sums[0], sums[1]);
+  for (int j = 0; j < 2; ++j) {
+    multiply<T>(more[j], c_tile, first[j]);
+    for (int i = 0; i < 4; ++i) {
+      const int at = sum_row(i) * 16 + 8 * j + sum_column(i);
+      c[at] = sums[j].x[i];
+      cb[at] = more[j].x[i];
+    }
+  }
+}
+"""
+
+
+@seen
+def test_tensor_cores_and_copies(tmp_path: Path) -> None:
+    """Both factors in either order in memory; the last terms are half a tile."""
+    kinds = [(dtype, a, b) for dtype in ("Bf16", "Fp16") for a in (0, 1) for b in (0, 1)]
+    launches = "".join(
+        f"""if (i == {i}) launch<product_kernel<{dtype}, {turned_a}, {turned_b}>>(dim3(1), dim3(32),
+            0, queue, (const {dtype}*)a, (const {dtype}*)b, num_terms, c, cb);\n"""
+        for i, (dtype, turned_a, turned_b) in enumerate(kinds)
+    )
+    entry = f"""const char* run(
+        int i, const void* a, const void* b, int num_terms, float* c, float* cb) {{
+      CudaQueue queue{{}};
+      {launches}
+      return (error = queue.error).c_str();
+    }}"""
+    library = compiled(tmp_path, PRODUCT, entry)
+    for i, (name, turned_a, turned_b) in enumerate(kinds):
+        dtype = torch.bfloat16 if name == "Bf16" else torch.float16
+        a, b = values(16, 40).to(dtype), values(40, 16, seed=1).to(dtype)
+        stored_a, stored_b = (a.T if turned_a else a), (b.T if turned_b else b)
+        c, cb = torch.full((2, 16, 16), torch.nan)
+        inputs = [x.contiguous() for x in (stored_a, stored_b)]
+        pointers = [ctypes.c_void_p(x.data_ptr()) for x in (*inputs, c, cb)]
+        assert library.run(i, *pointers[:2], 40, *pointers[2:]) == b""
+        assert_close(c, (a.double() @ b.double()).float())
+        assert_close(cb, (c.to(dtype).double() @ b[:16].double()).float())
+        name, launches, read, written, mmas = library.on_cpu_counts().decode().split("\t")
+        assert (int(read), int(written), int(mmas)) == (2 * 2 * 640, 2 * 4 * 256, 2 * 3 + 2)
 
 
 def test_a_build_without_cuda_says_so() -> None:

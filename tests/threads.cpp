@@ -123,13 +123,14 @@ void check_moe_sort() {
 
 void check_rows(const Plan& plan) {
   const auto x_TD = normal<float>(T * D), y_ND = normal<float>(N * D), weight_TK = normal<float>(N);
+  const int64_t seed = 5;
   check<float>("dropout", [&](const auto& out) {
     CPU_KERNEL(dropout_cpu)
     ({.x_ND = x_TD.data(),
       .y_ND = out(T * D),
+      .seed = &seed,
       .N = T,
       .D = D,
-      .seed = 5,
       .p = 0.1,
       .dtype = Dtype::kFloat32});
   });
@@ -279,6 +280,7 @@ void check_grouped(const Plan& plan) {
 }
 
 void check_glu(const Plan& plan) {
+  const int64_t seed = 5;
   const auto gate_TF = normal<float>(T * F), up_TF = normal<float>(T * F),
              a_gate_TKR = normal<float>(N * R), a_up_TKR = normal<float>(N * R),
              b_gate_EFR = normal<float>(E * F * R), b_up_EFR = normal<float>(E * F * R),
@@ -308,7 +310,7 @@ void check_glu(const Plan& plan) {
                                .token_order_T = plan.token_order_T.data(),
                                .scaling = 1.7,
                                .dropout = 0.1,
-                               .seed = 5};
+                               .seed = &seed};
   check<float>("shared_glu", [&](const auto& out) {
     SharedGluParams p = inputs;
     p.hbar_TF = out(T * F);

@@ -3,11 +3,10 @@
 
 #include <cmath>
 
+#include "common/activations.h"
 #include "common/vec.h"
 
 namespace mixlora::MIXLORA_ISA {
-
-enum class Activation { kSilu, kGelu, kGeluTanh, kRelu };
 
 // value = act(x), slope = act'(x)
 template <Activation kAct, class V>

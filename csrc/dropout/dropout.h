@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/cuda.h"
 #include "common/dtype.h"
 #include "common/isa.h"
 
@@ -11,11 +12,13 @@ namespace mixlora {
 struct DropoutParams {
   const void* x_ND;
   void* y_ND;
-  int64_t N, D, seed;
+  const int64_t* seed;
+  int64_t N, D;
   double p;
   Dtype dtype;
 };
 
 DECLARE_CPU_KERNEL(void, dropout_cpu, const DropoutParams& p)
+DECLARE_CUDA_KERNEL(dropout_cuda, const DropoutParams& p)
 
 }  // namespace mixlora

@@ -363,7 +363,7 @@ class Glu {
 
   void drop(S* x, int64_t n, int64_t chunk) const {
     if (rows.slot_N[n] < 0) return;
-    philox_dropout(x, kColumns, p.seed, rows.slot_N[n], chunk * kColumns, p.dropout, x);
+    philox_dropout(x, kColumns, *p.seed, rows.slot_N[n], chunk * kColumns, p.dropout, x);
   }
 };
 

@@ -1,19 +1,14 @@
 #include "shared_glu/shared_glu.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
-#include <algorithm>
-#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "common/check.h"
+#include "common/device.h"
 
 namespace mixlora {
 namespace {
 
-using Optional = std::optional<Tensor>;
 constexpr const char* kOp = "shared_glu";
 constexpr int64_t kActivations = 4;
 
@@ -56,6 +51,22 @@ struct Inputs {
          int64_t act,
          double dropout,
          const Optional& seed) {
+    CHECK_DEVICE(kOp,
+                 gate_TF,
+                 up_TF,
+                 a_gate_TKR,
+                 a_up_TKR,
+                 b_gate_EFR,
+                 b_up_EFR,
+                 a_down_ERF,
+                 expert_TK,
+                 token_order_T,
+                 weight_TK,
+                 scale_gate_EF,
+                 scale_up_EF,
+                 bias_gate_F,
+                 bias_up_F,
+                 seed);
     CHECK_DIMS(kOp, gate_TF, T, F);
     CHECK_DIMS(kOp, expert_TK, T, K);
     const int64_t T = gate_TF.size(0), F = gate_TF.size(1), K = expert_TK.size(1), E = experts;
@@ -100,7 +111,7 @@ struct Inputs {
     CHECK_SHAPE(kOp, weight_TK, T, K);
     if (seed.has_value()) {
       CHECK_DTYPE(kOp, (*seed), Long);
-      params.seed = *dense(*seed).const_data_ptr<int64_t>();
+      params.seed = dense(*seed).const_data_ptr<int64_t>();
     }
     params.gate_TF = dense(gate_TF).const_data_ptr();
     params.up_TF = dense(up_TF).const_data_ptr();
@@ -123,13 +134,9 @@ struct Inputs {
     return kept.back();
   }
 
-  const int32_t* indices(const char* name, const Tensor& tensor, int64_t low, int64_t high) {
-    const int32_t* data = dense(tensor).const_data_ptr<int32_t>();
-    const auto outside = [&](int32_t i) { return i < low || i >= high; };
-    const int32_t* bad = std::find_if(data, data + tensor.numel(), outside);
-    CHECK(
-        kOp, bad == data + tensor.numel(), name, " must be in [", low, ", ", high, "), got ", *bad);
-    return data;
+  const int32_t* indices(const char* name, const Tensor& tensor, int64_t low, int64_t end) {
+    check_indices(kOp, name, dense(tensor), low, end);
+    return kept.back().const_data_ptr<int32_t>();
   }
 
   ScalarType wide_dtype() const {
@@ -175,7 +182,7 @@ std::tuple<Tensor, Tensor> shared_glu(FORWARD_ARGUMENTS) {
   Tensor z_TKR = torch::stable::new_empty(gate_TF, {p.tokens, p.slots, rank}, inputs.wide_dtype());
   p.hbar_TF = hbar_TF.mutable_data_ptr();
   p.z_TKR = z_TKR.mutable_data_ptr();
-  CPU_KERNEL(shared_glu_cpu)(p);
+  RUN_KERNEL(kOp, shared_glu, gate_TF, p);
   return {hbar_TF, z_TKR};
 }
 
@@ -185,6 +192,7 @@ std::vector<Tensor> shared_glu_backward(const Tensor& dhbar_TF,
                                         FORWARD_ARGUMENTS) {
   Inputs inputs(FORWARD_VALUES);
   SharedGluParams& p = inputs.params;
+  CHECK_DEVICE(kOp, gate_TF, dhbar_TF, dz_TKR);
   CHECK_SHAPE(kOp, dhbar_TF, p.tokens, p.ffn);
   CHECK(kOp, dhbar_TF.scalar_type() == gate_TF.scalar_type(), "dhbar_TF must have gate_TF's dtype");
   CHECK(kOp, dz_TKR.has_value() == a_down_ERF.has_value(), "dz_TKR is given with a_down_ERF");
@@ -209,13 +217,13 @@ std::vector<Tensor> shared_glu_backward(const Tensor& dhbar_TF,
   p.dweight_TK = gradient(weight_TK, {T, K}, wide);
   p.dscale_gate_EF = gradient(scale_gate_EF, {E, F}, wide);
   p.dscale_up_EF = gradient(scale_up_EF, {E, F}, wide);
-  CPU_KERNEL(shared_glu_backward_cpu)(p);
+  RUN_KERNEL(kOp, shared_glu_backward, gate_TF, p);
   return gradients;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mixlora, CPU, m) {
+REGISTER_KERNELS(m) {
   m.impl("shared_glu", TORCH_BOX(&shared_glu));
   m.impl("shared_glu_backward", TORCH_BOX(&shared_glu_backward));
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/cuda.h"
 #include "common/isa.h"
 
 namespace mixlora {
@@ -24,7 +25,7 @@ struct SharedGluParams {
   const void *bias_gate_F, *bias_up_F;  // read only beside a scale
   const int32_t *expert_TK, *token_order_T;
   double scaling, dropout;
-  int64_t seed;
+  const int64_t* seed;  // null without dropout
   // forward
   void *hbar_TF, *z_TKR;  // T, W
   // backward
@@ -37,5 +38,7 @@ struct SharedGluParams {
 
 DECLARE_CPU_KERNEL(void, shared_glu_cpu, const SharedGluParams& p)
 DECLARE_CPU_KERNEL(void, shared_glu_backward_cpu, const SharedGluParams& p)
+DECLARE_CUDA_KERNEL(shared_glu_cuda, const SharedGluParams& p)
+DECLARE_CUDA_KERNEL(shared_glu_backward_cuda, const SharedGluParams& p)
 
 }  // namespace mixlora

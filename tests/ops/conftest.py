@@ -14,22 +14,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     op = metafunc.module.__name__.rpartition("test_")[-1]
     only_cpu = metafunc.definition.get_closest_marker("only_cpu")
     if op in OPS and not only_cpu:
-        slow = [pytest.param(order, marks=pytest.mark.slow) for order in ORDERS[:-1]]
+        usual = [] if metafunc.definition.get_closest_marker("slow_cuda") else [ORDERS[-1]]
+        slow = [x for x in (ORDERS[-1], *ORDERS[:-1]) if x not in usual]
+        params = [pytest.param(order, marks=pytest.mark.slow) for order in slow]
         is_of_errors = metafunc.function.__name__ == "test_errors"  # a GPU's end its process
-        values = ["cpu", ORDERS[-1], *slow, *([] if is_of_errors else [GPU])]
-        metafunc.parametrize("kernels", values, indirect=True)
+        gpu = [] if is_of_errors else [GPU]
+        metafunc.parametrize("kernels", ["cpu", *usual, *params, *gpu], indirect=True)
 
 
 @pytest.fixture(autouse=True)
-def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     order = getattr(request, "param", "cpu")
     if order == "cpu":
-        yield
+        yield order
     elif order == "gpu":
         with cuda_on_gpu():
-            yield
+            yield order
     elif MISSING:
         pytest.skip(f"CUDA kernels on the CPU: {MISSING}")
     else:
         with cuda_on_cpu(order):
-            yield
+            yield order

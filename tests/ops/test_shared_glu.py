@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mixlora import _C, ops
 from mixlora.ops.philox import keep_mask
+from tests.kernels import only_cpu, poisoned
 from tests.numerics import assert_close, assert_close_to_ref64
 from tests.tiny import ROUTINGS, normal, scattered, some_plan
 
@@ -33,6 +34,7 @@ ABSENT = {
     "gate and up": (2, 3, 4, 5),
     "all": (2, 3, 4, 5, 6),
 }
+slow_cuda = pytest.mark.slow_cuda
 absent = pytest.mark.parametrize("without", ABSENT.values(), ids=ABSENT)
 
 
@@ -139,6 +141,7 @@ def test_activations(act: str) -> None:
         assert_close(found, wanted)
 
 
+@slow_cuda
 @act
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("size", [30.0, 89.0, 200.0, 1e4])
@@ -153,6 +156,7 @@ def test_large_activations(act: str, dtype: torch.dtype, size: float) -> None:
         assert_close(value, ref[name])
 
 
+@slow_cuda
 @act
 def test_gradcheck(act: str) -> None:
     plan = some_plan(3, 2, 3, "uniform")
@@ -164,6 +168,7 @@ def test_gradcheck(act: str) -> None:
     assert torch.autograd.gradcheck(run, leaves, fast_mode=act != "silu")
 
 
+@slow_cuda
 @absent
 @pytest.mark.parametrize("load", ["empty slots", "some empty"])
 def test_gradcheck_without(without: tuple, load: str) -> None:
@@ -203,16 +208,17 @@ def test_only_one_output_is_used() -> None:
             assert_close(a, b)
 
 
+@slow_cuda
 @pytest.mark.parametrize("load", ["zipf", "empty slots"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @dropout
-def test_low_precision(dtype: torch.dtype, load: str, dropout: float) -> None:
+def test_low_precision(dtype: torch.dtype, load: str, dropout: float, kernels: str) -> None:
     plan = some_plan(150, 2, 8, load)
     tensors = [x.nan_to_num() for x in inputs(plan, 8, F=72, R=6, dtype=dtype)]
     tensors[7] = tensors[7].float()  # routing is fp32 whatever the model's dtype
     options = "silu", dropout, SEED
     native = with_gradients(ops.shared_glu, tensors, plan, *options)
-    ref = with_gradients(ops.shared_glu_ref, tensors, plan, *options)
+    ref = with_gradients(reference_of(kernels), tensors, plan, *options)
     assert native["hbar"].dtype == native["d_gate"].dtype == native["d_a_gate"].dtype == dtype
     assert native["z"].dtype == native["d_weight"].dtype == torch.float32
 
@@ -220,6 +226,79 @@ def test_low_precision(dtype: torch.dtype, load: str, dropout: float) -> None:
     for name, value in native.items():
         factor = 3 if name.startswith("d_") else 2
         assert_close_to_ref64(value, ref[name], ref64[name], factor=factor)
+
+
+def plain(
+    gate_TF,
+    up_TF,
+    a_gate,
+    a_up,
+    b_gate,
+    b_up,
+    a_down,
+    plan,
+    weight_TK,
+    s,
+    act="silu",
+    dropout=0.0,
+    seed=None,
+):
+    """All in gate's dtype, as PyTorch without this operator computes it."""
+    dtype, E, (T, K) = gate_TF.dtype, len(plan.expert_start_E1) - 1, plan.expert_TK.shape
+    a_gate, a_up, b_gate, b_up, a_down = (x.to(dtype) for x in (a_gate, a_up, b_gate, b_up, a_down))
+    hbar_TF, z_NR = torch.zeros_like(gate_TF), gate_TF.new_zeros(T * K, a_down.shape[1])
+    for e in range(E):
+        t, k = torch.where(plan.expert_TK == e)
+        gate_NF = gate_TF[t] + s * (a_gate[t, k] @ b_gate[e].T)
+        h_NF = ops.ACTIVATIONS[act](gate_NF) * (up_TF[t] + s * (a_up[t, k] @ b_up[e].T))
+        hbar_TF = hbar_TF.index_add(0, t, weight_TK[t, k, None].to(dtype) * h_NF)
+        if dropout:
+            h_NF = h_NF * keep_mask(seed, t * K + k, h_NF.shape[1], dropout) / (1 - dropout)
+        z_NR = z_NR.index_copy(0, t * K + k, h_NF @ a_down[e].T)
+    return hbar_TF, z_NR.unflatten(0, (T, K)).float()
+
+
+def reference_of(kernels: str):
+    """Whose error in low precision the kernels' may be twice: tensor cores multiply numbers that
+    are rounded to the dtype, the CPU's are fp32."""
+    return ops.shared_glu_ref if kernels == "cpu" else plain
+
+
+# T, K, E, load, F, R
+EDGES = [
+    (0, 2, 8, "uniform", 40, 8),
+    (1, 8, 8, "uniform", 33, 64),
+    (63, 2, 8, "one pair", 17, 4),
+    (64, 3, 8, "some empty", 40, 16),
+    (65, 1, 4, "empty slots", 40, 24),
+    (3, 2, 3, "uniform", 300, 3),
+    (257, 2, 8, "zipf", 24, 1),
+    (20, 2, 64, "uniform", 64, 5),
+    (5, 2, 3, "uniform", 16, 72),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T, K, E, load, F, R", EDGES)
+def test_edges(T: int, K: int, E: int, load: str, F: int, R: int, dtype, kernels: str) -> None:
+    """Twice the same bits; nothing depends on what memory held before."""
+    plan = some_plan(T, K, E, load)
+    tensors = [x.nan_to_num() for x in inputs(plan, E, F, R, dtype=dtype)]
+    tensors[7] = tensors[7].float()
+    options = "silu", 0.3, SEED
+    with poisoned():
+        native = with_gradients(ops.shared_glu, tensors, plan, *options)
+        again = with_gradients(ops.shared_glu, tensors, plan, *options)
+    reference = ops.shared_glu_ref if dtype == torch.float32 else reference_of(kernels)
+    ref = with_gradients(reference, tensors, plan, *options)
+    ref64 = with_double_gradients(tensors, plan, native, *options)
+    for name, value in native.items():
+        assert torch.equal(value, again[name]), name
+        if dtype == torch.float32:
+            assert_close(value, ref64[name].float())
+        else:
+            factor = 3 if name.startswith("d_") else 2
+            assert_close_to_ref64(value, ref[name], ref64[name], factor=factor)
 
 
 def with_double_gradients(tensors, plan: ops.Plan, native: dict, *options) -> dict[str, Tensor]:
@@ -235,13 +314,13 @@ def with_double_gradients(tensors, plan: ops.Plan, native: dict, *options) -> di
     return {"hbar": hbar_TF, "z": z_TKR, **dict(zip(names, found, strict=True))}
 
 
-def test_adapter_in_fp32_around_a_model_in_bfloat16() -> None:
+def test_adapter_in_fp32_around_a_model_in_bfloat16(kernels: str) -> None:
     plan = some_plan(40, 2, 4, "uniform")
     tensors = inputs(plan, 4, dtype=torch.bfloat16)
     tensors[4:] = [x.float() for x in tensors[4:]]
     native = with_gradients(ops.shared_glu, tensors, plan)
     assert native["d_b_gate"].dtype == native["d_a_down"].dtype == torch.float32
-    ref = with_gradients(ops.shared_glu_ref, tensors, plan)
+    ref = with_gradients(reference_of(kernels), tensors, plan)
     ref64 = with_double_gradients(tensors, plan, native)
     for name, value in native.items():
         assert_close_to_ref64(value, ref[name], ref64[name], factor=3 if "d_" in name else 2)
@@ -286,6 +365,7 @@ def test_dropout() -> None:
     assert torch.equal(off_TKR, z_TKR)
 
 
+@only_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
     plan = some_plan(300, 2, 3, "zipf")
@@ -357,6 +437,7 @@ def test_dora(T: int, K: int, E: int, load: str, sides: str, bias: bool) -> None
         assert_close(native, wanted)
 
 
+@slow_cuda
 @pytest.mark.parametrize("shape", range(50))
 def test_gradcheck_of_many_shapes(shape: int) -> None:
     """Every input, DoRA's scales too; ragged sizes, empty slots, all activations."""
@@ -382,6 +463,7 @@ def op_arguments(plan: ops.Plan, tensors, E: int, dropout: float = 0.3) -> tuple
     return (*tensors[:7], plan.expert_TK, plan.token_order_T, tensors[7], *rest)
 
 
+@only_cpu
 @pytest.mark.parametrize("without", [(), (6,), (2, 4)])
 def test_opcheck(without: tuple) -> None:
     plan = some_plan(6, 2, 4, "empty slots")
@@ -413,6 +495,7 @@ def test_compile_in_one_graph() -> None:
         assert_close(a, b)
 
 
+@only_cpu
 def test_a_long_batch_is_cut_into_blocks() -> None:
     """The backward's partial sums are of 2048 tokens at most."""
     plan = some_plan(4500, 2, 3, "zipf")
@@ -422,6 +505,7 @@ def test_a_long_batch_is_cut_into_blocks() -> None:
         assert_close(native[name], wanted)
 
 
+@slow_cuda
 def test_a_wide_feed_forward_is_cut_into_strips() -> None:
     """The forward's sums of z are of 768 columns at most."""
     plan = some_plan(20, 2, 3, "zipf")
@@ -453,6 +537,7 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16):
 """
 
 
+@only_cpu
 @pytest.mark.parametrize("isa", _C.build_info()["instruction_sets"])
 def test_every_instruction_set(isa: str) -> None:
     environment = {**os.environ, "MIXLORA_ISA": isa}
