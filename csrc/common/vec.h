@@ -14,10 +14,6 @@
 //   });
 #pragma once
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -200,29 +196,11 @@ INLINE auto max(V x) {
   return reduce(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// The larger and the smaller of x and a number, a NaN for a NaN. Compilers compare and blend.
-INLINE Vec<float> at_least(Vec<float> x, float low) {
-#if defined(__AVX512F__)
-  return (Vec<float>)_mm512_max_ps((__m512)splat(low), (__m512)x);
-#elif defined(__AVX2__)
-  return (Vec<float>)_mm256_max_ps((__m256)splat(low), (__m256)x);
-#else
-  return x < splat(low) ? splat(low) : x;
-#endif
-}
-INLINE Vec<float> at_most(Vec<float> x, float high) {
-#if defined(__AVX512F__)
-  return (Vec<float>)_mm512_min_ps((__m512)splat(high), (__m512)x);
-#elif defined(__AVX2__)
-  return (Vec<float>)_mm256_min_ps((__m256)splat(high), (__m256)x);
-#else
-  return x > splat(high) ? splat(high) : x;
-#endif
-}
-
 // e^x, clamped to what a normal number holds; within 2 units in the last place.
 INLINE Vec<float> exp(Vec<float> x) {
-  x = at_most(at_least(x, -87.33654f), 88.02969f);
+  const Vec<float> least = splat(-87.33654f), most = splat(88.02969f);
+  x = x < least ? least : x;
+  x = x > most ? most : x;
   const Vec<float> magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number
   const Vec<float> shifted = x * 1.44269504f + magic, whole = shifted - magic;
   const Vec<float> rest = x - whole * 0.693359375f + whole * 2.12194440e-4f, square = rest * rest;
