@@ -196,7 +196,7 @@ INLINE auto max(V x) {
   return reduce(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// e^x, clamped to what a normal number holds; within 2 units in the last place.
+// e^x, clamped to what a normal number holds; within 3 units in the last place.
 INLINE Vec<float> exp(Vec<float> x) {
   const Vec<float> least = splat(-87.33654f), most = splat(88.02969f);
   x = x < least ? least : x;
