@@ -23,7 +23,7 @@ inline constexpr int kDrawn = 4 * kCounters * kVectors;
 INLINE Bits64 low_product(Bits64 a, uint32_t b) {
   const Bits64 b_lanes = Bits64{} + b;
 #if defined(__AVX512F__)
-  return (Bits64)_mm512_mul_epu32((__m512i)a, (__m512i)b_lanes);
+  return (Bits64)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b_lanes);
 #elif defined(__AVX2__)
   return (Bits64)_mm256_mul_epu32((__m256i)a, (__m256i)b_lanes);
 #elif defined(__SSE2__)
