@@ -456,8 +456,9 @@ void* shared_array(const char* file, int line, int64_t bytes) {
   return begin;
 }
 
+// `bytes` is a power of two.
 void check_aligned(const void* p, int64_t bytes) {
-  if (reinterpret_cast<uintptr_t>(p) % bytes) {
+  if (reinterpret_cast<uintptr_t>(p) & (bytes - 1)) {
     fail("an address is no multiple of " + std::to_string(bytes));
   }
 }

@@ -146,6 +146,35 @@ def test_bytes_that_kernels_move() -> None:
     moved(lambda: ops.moe_gather(x_TD, alone), read=tokens + index, written=rows)
 
 
+@seen
+def test_bytes_that_grouped_products_move() -> None:
+    """x once for each slot, and a matrix once for each 64 rows, or 128 tokens, of its expert."""
+    T, K, E, R, I = 256, 2, 8, 16, 1024
+    plan = ops.moe_sort(some_experts(T, K, E, "uniform"), E)
+    rows = plan.expert_TK, plan.expert_start_E1, plan.row_slot_N
+    x_TI, w_ERI = values(T, I).bfloat16(), values(E, R, I, seed=1).bfloat16()
+    a_TKR, panels = values(T, K, R, seed=2).bfloat16(), I // 64
+    matrix, tiles = 2 * R * I, -(-plan.expert_start_E1.diff() // 64)
+
+    def count(op: str, *arguments: object) -> dict[str, Count]:
+        with cuda_on_cpu():
+            counts()
+            getattr(torch.ops.mixlora, op)(*arguments, False, *rows)
+            return counts()
+
+    shrink = count("grouped_shrink", x_TI, w_ERI)["shrink_kernel<Bf16, false>"]
+    wanted = 2 * T * K * I + int(tiles.sum()) * matrix
+    assert wanted <= shrink.read_bytes <= 1.02 * wanted
+    expand = count("grouped_expand", a_TKR, w_ERI)["expand_kernel<Bf16, false, 1>"]
+    wanted = T // 128 * E * matrix + panels * 2 * a_TKR.numel()
+    assert wanted <= expand.read_bytes <= 1.2 * wanted
+    assert expand.written_bytes == 2 * T * I
+    outer = count("grouped_outer", a_TKR, x_TI)["outer_kernel<Bf16, 1>"]
+    wanted = 2 * T * K * I + panels * 2 * a_TKR.numel()
+    assert wanted <= outer.read_bytes <= 1.05 * wanted
+    assert outer.written_bytes == E * matrix
+
+
 # Of each 16 bytes of x, by the first 16 threads.
 COPY = "SHARED_ARRAY(float[64], x); if (threadIdx.x < 16) "
 COPY += "copy_async(x + 4 * threadIdx.x, p, true);"
@@ -433,6 +462,11 @@ def test_a_build_without_cuda_says_so() -> None:
             "moe_gather": (x_TD, slot_row_TK.view(-1), slot_row_TK),
             "moe_scatter": (x_TD, slot_row_TK.view(-1), slot_row_TK, None),
             "topk_router": (x_TD, 2, None, None),
+            "dropout": (x_TD, 0.5, slot_row_TK),
+            "grouped_shrink": (x_TD, x_TD, False, slot_row_TK, slot_row_TK, slot_row_TK),
+            "grouped_expand": (x_TD, x_TD, False, slot_row_TK, slot_row_TK, slot_row_TK),
+            "grouped_outer": (x_TD, x_TD, False, slot_row_TK, slot_row_TK, slot_row_TK),
+            "grouped_lora": (x_TD, x_TD, x_TD, slot_row_TK, 1.0),
         }
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     for op, values in arguments.items():

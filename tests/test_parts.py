@@ -67,7 +67,9 @@ def test_cuda_kernels_have_their_parts(op: str) -> None:
     source = (ROOT / f"csrc/{op}/{op}_cuda.cu").read_text()
     assert all(f"void {kernel}_cuda(" in source for kernel in KERNELS_OF[op])
     assert not re.search(r"#include <(torch|ATen|c10)|<<<|__shared__|asm", source)
-    assert not missing({f"csrc/{op}/{op}.cpp": "REGISTER_KERNELS", "csrc/kernels.txt": f"{op}: "})
+    assert not missing({f"csrc/{op}/{op}.cpp": "REGISTER_KERNELS"})
+    if "__global__" in source:  # else it launches another op's
+        assert not missing({"csrc/kernels.txt": f"{op}: "})
     assert not missing({"docs/kernels.md": f"## {op}"})
 
 

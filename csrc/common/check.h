@@ -110,13 +110,14 @@ inline void check_indices(
   fail(op, ": ", name, " must be in [", low, ", ", end, "), got ", *bad, " at ", bad - first);
 }
 
-// `starts` is int32, contiguous and on the CPU: where each group's rows start, and behind the last
-// where they end, which is returned.
-inline int64_t check_starts(const char* op, const char* name, const Tensor& starts, int64_t rows) {
+// `starts` is int32 and contiguous: where each group's rows start, and behind the last where they
+// end. Checked on the CPU only, as indices are.
+inline void check_starts(const char* op, const char* name, const Tensor& starts, int64_t rows) {
+  if (!starts.is_cpu()) return;
   const int32_t* first = starts.const_data_ptr<int32_t>();
   const int32_t* last = first + starts.numel();
   const bool ascends = first != last && *first == 0 && std::is_sorted(first, last);
-  if (ascends && last[-1] <= rows) return last[-1];
+  if (ascends && last[-1] <= rows) return;
   fail(op, ": ", name, " must ascend from 0 to at most ", rows, " rows");
 }
 

@@ -30,6 +30,20 @@ struct PlanExperts {
   int64_t T, K, E;
 };
 
+inline void check_rows(const char* op, PlanExperts& plan) {
+  if (!plan.row_slot_N.is_cpu()) return;
+  const int32_t *start_E1 = plan.expert_start_E1.const_data_ptr<int32_t>(),
+                *slot_N = plan.row_slot_N.const_data_ptr<int32_t>();
+  const Tensor rows = torch::stable::narrow(plan.row_slot_N, 0, 0, start_E1[plan.E]);
+  check_indices(op, "row_slot_N", rows, 0, plan.T * plan.K);
+  for (int64_t e = 0; e < plan.E; ++e) {
+    CHECK(op,
+          std::is_sorted(slot_N + start_E1[e], slot_N + start_E1[e + 1]),
+          "row_slot_N must ascend among the rows of expert ",
+          e);
+  }
+}
+
 inline PlanExperts check_plan_experts(const char* op,
                                       const Tensor& expert_TK,
                                       const Tensor& expert_start_E1,
@@ -47,17 +61,9 @@ inline PlanExperts check_plan_experts(const char* op,
                    T,
                    K,
                    expert_start_E1.size(0) - 1};
-  const int64_t rows = check_starts(op, "expert_start_E1", plan.expert_start_E1, N);
+  check_starts(op, "expert_start_E1", plan.expert_start_E1, N);
   check_indices(op, "expert_TK", plan.expert_TK, -1, plan.E);
-  check_indices(op, "row_slot_N", torch::stable::narrow(plan.row_slot_N, 0, 0, rows), 0, N);
-  const int32_t *start_E1 = plan.expert_start_E1.const_data_ptr<int32_t>(),
-                *slot_N = plan.row_slot_N.const_data_ptr<int32_t>();
-  for (int64_t e = 0; e < plan.E; ++e) {
-    CHECK(op,
-          std::is_sorted(slot_N + start_E1[e], slot_N + start_E1[e + 1]),
-          "row_slot_N must ascend among the rows of expert ",
-          e);
-  }
+  check_rows(op, plan);
   return plan;
 }
 

@@ -1,11 +1,9 @@
 #include "grouped_lora/grouped_lora.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <tuple>
 
 #include "common/check.h"
+#include "common/device.h"
 
 namespace mixlora {
 namespace {
@@ -21,6 +19,7 @@ Inputs check_inputs(const char* op,
                     const Tensor& lora_a_GRI,
                     const Tensor& lora_b_GOR,
                     const Tensor& group_start_G1) {
+  CHECK_DEVICE(op, x_NI, lora_a_GRI, lora_b_GOR, group_start_G1);
   const Dtype dtype = FLOAT_DTYPE(op, x_NI);
   check_dtype(op, "lora_a_GRI", lora_a_GRI, x_NI.scalar_type());
   check_dtype(op, "lora_b_GOR", lora_b_GOR, x_NI.scalar_type());
@@ -54,19 +53,19 @@ Tensor grouped_lora(const Tensor& x_NI,
                     double scaling) {
   const Inputs in = check_inputs("grouped_lora", x_NI, lora_a_GRI, lora_b_GOR, group_start_G1);
   Tensor y_NO = torch::stable::new_empty(in.x_NI, {in.N, in.O});
-  CPU_KERNEL(grouped_lora_cpu)
-  ({.x_NI = in.x_NI.const_data_ptr(),
-    .lora_a_GRI = in.lora_a_GRI.const_data_ptr(),
-    .lora_b_GOR = in.lora_b_GOR.const_data_ptr(),
-    .group_start_G1 = in.group_start_G1.const_data_ptr<int32_t>(),
-    .y_NO = y_NO.mutable_data_ptr(),
-    .N = in.N,
-    .G = in.G,
-    .R = in.R,
-    .I = in.I,
-    .O = in.O,
-    .scaling = scaling,
-    .dtype = in.dtype});
+  const GroupedLoraParams params{.x_NI = in.x_NI.const_data_ptr(),
+                                 .lora_a_GRI = in.lora_a_GRI.const_data_ptr(),
+                                 .lora_b_GOR = in.lora_b_GOR.const_data_ptr(),
+                                 .group_start_G1 = in.group_start_G1.const_data_ptr<int32_t>(),
+                                 .y_NO = y_NO.mutable_data_ptr(),
+                                 .N = in.N,
+                                 .G = in.G,
+                                 .R = in.R,
+                                 .I = in.I,
+                                 .O = in.O,
+                                 .scaling = scaling,
+                                 .dtype = in.dtype};
+  RUN_KERNEL("grouped_lora", grouped_lora, in.x_NI, params);
   return y_NO;
 }
 
@@ -79,34 +78,36 @@ std::tuple<Tensor, Tensor, Tensor> grouped_lora_backward(const Tensor& dy_NO,
   const char* op = "grouped_lora_backward";
   const Inputs in = check_inputs(op, x_NI, lora_a_GRI, lora_b_GOR, group_start_G1);
   const int64_t N = in.N, O = in.O;
+  CHECK_DEVICE(op, x_NI, dy_NO);
   check_dtype(op, "dy_NO", dy_NO, x_NI.scalar_type());
   CHECK_SHAPE(op, dy_NO, N, O);
   const Tensor dy = torch::stable::contiguous(dy_NO);
   Tensor dx_NI = torch::stable::new_empty(dy, {in.N, in.I});
   Tensor dlora_a_GRI = torch::stable::new_empty(dy, {in.G, in.R, in.I});
   Tensor dlora_b_GOR = torch::stable::new_empty(dy, {in.G, in.O, in.R});
-  CPU_KERNEL(grouped_lora_backward_cpu)
-  ({.dy_NO = dy.const_data_ptr(),
-    .x_NI = in.x_NI.const_data_ptr(),
-    .lora_a_GRI = in.lora_a_GRI.const_data_ptr(),
-    .lora_b_GOR = in.lora_b_GOR.const_data_ptr(),
-    .group_start_G1 = in.group_start_G1.const_data_ptr<int32_t>(),
-    .dx_NI = dx_NI.mutable_data_ptr(),
-    .dlora_a_GRI = dlora_a_GRI.mutable_data_ptr(),
-    .dlora_b_GOR = dlora_b_GOR.mutable_data_ptr(),
-    .N = in.N,
-    .G = in.G,
-    .R = in.R,
-    .I = in.I,
-    .O = in.O,
-    .scaling = scaling,
-    .dtype = in.dtype});
+  const GroupedLoraBackwardParams params{
+      .dy_NO = dy.const_data_ptr(),
+      .x_NI = in.x_NI.const_data_ptr(),
+      .lora_a_GRI = in.lora_a_GRI.const_data_ptr(),
+      .lora_b_GOR = in.lora_b_GOR.const_data_ptr(),
+      .group_start_G1 = in.group_start_G1.const_data_ptr<int32_t>(),
+      .dx_NI = dx_NI.mutable_data_ptr(),
+      .dlora_a_GRI = dlora_a_GRI.mutable_data_ptr(),
+      .dlora_b_GOR = dlora_b_GOR.mutable_data_ptr(),
+      .N = in.N,
+      .G = in.G,
+      .R = in.R,
+      .I = in.I,
+      .O = in.O,
+      .scaling = scaling,
+      .dtype = in.dtype};
+  RUN_KERNEL(op, grouped_lora_backward, in.x_NI, params);
   return {dx_NI, dlora_a_GRI, dlora_b_GOR};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mixlora, CPU, m) {
+REGISTER_KERNELS(m) {
   m.impl("grouped_lora", TORCH_BOX(&grouped_lora));
   m.impl("grouped_lora_backward", TORCH_BOX(&grouped_lora_backward));
 }

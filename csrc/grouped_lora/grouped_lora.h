@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/cuda.h"
 #include "common/dtype.h"
 #include "common/isa.h"
 
@@ -34,6 +35,8 @@ struct GroupedLoraBackwardParams {
 };
 
 DECLARE_CPU_KERNEL(void, grouped_lora_cpu, const GroupedLoraParams& p)
+DECLARE_CUDA_KERNEL(grouped_lora_cuda, const GroupedLoraParams& p)
 DECLARE_CPU_KERNEL(void, grouped_lora_backward_cpu, const GroupedLoraBackwardParams& p)
+DECLARE_CUDA_KERNEL(grouped_lora_backward_cuda, const GroupedLoraBackwardParams& p)
 
 }  // namespace mixlora

@@ -1,9 +1,7 @@
 #include "grouped_shrink/grouped_shrink.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include "common/check.h"
+#include "common/device.h"
 #include "common/plan.h"
 
 namespace mixlora {
@@ -38,6 +36,7 @@ Tensor grouped_shrink(const Tensor& x_TI,
                       const Tensor& expert_start_E1,
                       const Tensor& row_slot_N) {
   const char* op = "grouped_shrink";
+  CHECK_DEVICE(op, x_TI, w, expert_TK, expert_start_E1, row_slot_N);
   const PlanExperts plan = check_plan_experts(op, expert_TK, expert_start_E1, row_slot_N);
   const Dtype dtype = FLOAT_DTYPE(op, x_TI);
   check_dtype(op, "w", w, x_TI.scalar_type());
@@ -51,7 +50,7 @@ Tensor grouped_shrink(const Tensor& x_TI,
   GroupedShrinkParams p = params(plan, R, I, transposed, dtype);
   p.x_TI = x.const_data_ptr(), p.w = w_near.const_data_ptr();
   p.result = a_TKR.mutable_data_ptr();
-  CPU_KERNEL(grouped_shrink_cpu)(p);
+  RUN_KERNEL(op, grouped_shrink, plan.row_slot_N, p);
   return a_TKR;
 }
 
@@ -62,6 +61,7 @@ Tensor grouped_expand(const Tensor& a_TKR,
                       const Tensor& expert_start_E1,
                       const Tensor& row_slot_N) {
   const char* op = "grouped_expand";
+  CHECK_DEVICE(op, a_TKR, w, expert_TK, expert_start_E1, row_slot_N);
   const PlanExperts plan = check_plan_experts(op, expert_TK, expert_start_E1, row_slot_N);
   const Dtype dtype = FLOAT_DTYPE(op, a_TKR);
   check_dtype(op, "w", w, a_TKR.scalar_type());
@@ -75,7 +75,7 @@ Tensor grouped_expand(const Tensor& a_TKR,
   GroupedShrinkParams p = params(plan, R, I, transposed, dtype);
   p.a_TKR = a.const_data_ptr(), p.w = w_near.const_data_ptr();
   p.result = x_TI.mutable_data_ptr();
-  CPU_KERNEL(grouped_expand_cpu)(p);
+  RUN_KERNEL(op, grouped_expand, plan.row_slot_N, p);
   return x_TI;
 }
 
@@ -86,6 +86,7 @@ Tensor grouped_outer(const Tensor& a_TKR,
                      const Tensor& expert_start_E1,
                      const Tensor& row_slot_N) {
   const char* op = "grouped_outer";
+  CHECK_DEVICE(op, a_TKR, x_TI, expert_TK, expert_start_E1, row_slot_N);
   const PlanExperts plan = check_plan_experts(op, expert_TK, expert_start_E1, row_slot_N);
   const Dtype dtype = FLOAT_DTYPE(op, a_TKR);
   check_dtype(op, "x_TI", x_TI, a_TKR.scalar_type());
@@ -99,13 +100,13 @@ Tensor grouped_outer(const Tensor& a_TKR,
   GroupedShrinkParams p = params(plan, R, I, transposed, dtype);
   p.a_TKR = a.const_data_ptr(), p.x_TI = x.const_data_ptr();
   p.result = w.mutable_data_ptr();
-  CPU_KERNEL(grouped_outer_cpu)(p);
+  RUN_KERNEL(op, grouped_outer, plan.row_slot_N, p);
   return w;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mixlora, CPU, m) {
+REGISTER_KERNELS(m) {
   m.impl("grouped_shrink", TORCH_BOX(&grouped_shrink));
   m.impl("grouped_expand", TORCH_BOX(&grouped_expand));
   m.impl("grouped_outer", TORCH_BOX(&grouped_outer));

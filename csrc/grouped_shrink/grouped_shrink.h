@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/cuda.h"
 #include "common/dtype.h"
 #include "common/isa.h"
 
@@ -24,7 +25,20 @@ struct GroupedShrinkParams {
 };
 
 DECLARE_CPU_KERNEL(void, grouped_shrink_cpu, const GroupedShrinkParams& p)  // a
+DECLARE_CUDA_KERNEL(grouped_shrink_cuda, const GroupedShrinkParams& p)
 DECLARE_CPU_KERNEL(void, grouped_expand_cpu, const GroupedShrinkParams& p)  // x
-DECLARE_CPU_KERNEL(void, grouped_outer_cpu, const GroupedShrinkParams& p)   // w
+DECLARE_CUDA_KERNEL(grouped_expand_cuda, const GroupedShrinkParams& p)
+DECLARE_CPU_KERNEL(void, grouped_outer_cpu, const GroupedShrinkParams& p)  // w
+DECLARE_CUDA_KERNEL(grouped_outer_cuda, const GroupedShrinkParams& p)
+
+// For grouped_lora: row_slot_N null is n for row n, expert_TK null leaves the slots behind the rows
+// empty, and a, which is scaled, may be the sum of two parts [T, K, R] that lie one behind the
+// other.
+DECLARE_CUDA_KERNEL(grouped_shrink_cuda,
+                    const GroupedShrinkParams& p,
+                    int num_parts,
+                    double scaling)
+DECLARE_CUDA_KERNEL(grouped_expand_cuda, const GroupedShrinkParams& p, int num_parts)
+DECLARE_CUDA_KERNEL(grouped_outer_cuda, const GroupedShrinkParams& p, int num_parts)
 
 }  // namespace mixlora

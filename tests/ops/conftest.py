@@ -4,6 +4,7 @@ CPU, and on a GPU where there is one."""
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests.cuda_on_cpu import MISSING, OPS, ORDERS, cuda_on_cpu, cuda_on_gpu
 
@@ -20,6 +21,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         is_of_errors = metafunc.function.__name__ == "test_errors"  # a GPU's end its process
         gpu = [] if is_of_errors else [GPU]
         metafunc.parametrize("kernels", ["cpu", *usual, *params, *gpu], indirect=True)
+
+
+@pytest.hookimpl(tryfirst=True)  # before slow tests are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In fp64 CUDA kernels do what they do in fp32, and take longest here."""
+    for item in items:
+        values = item.callspec.params if hasattr(item, "callspec") else {}
+        if values.get("kernels", "cpu") != "cpu" and values.get("dtype") == torch.float64:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from tests.kernels import (
     assert_compiles,
     assert_same_bits,
     every_instruction_set,
+    only_cpu,
     poisoned,
     said_with,
 )
@@ -67,6 +68,7 @@ def test_values_and_gradients(sizes: list[int], tail: int) -> None:
         assert not gradient[start_G1.diff() == 0].any()
 
 
+@only_cpu
 @groups
 @pytest.mark.parametrize("R, I, O", [(3, 9, 5), (1, 1, 1), (5, 2, 17), (17, 3, 1)])
 def test_gradcheck(sizes: list[int], tail: int, R: int, I: int, O: int) -> None:
@@ -112,6 +114,22 @@ def test_against_reference(
             assert_close(values[0].double(), values[2], rel=torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("R", [1, 4, 8, 16, 24, 64])
+@pytest.mark.parametrize("N", [0, 1, 63, 64, 65, 257])
+def test_edges(N: int, R: int) -> None:
+    """One group with many of the rows, one with none, and a last row of no group."""
+    rows, dtype = max(0, N - 1), DTYPES[1:][(N + R) % 3]
+    I, O = (72, 40) if N % 2 else (67, 136)
+    tensors, start_G1, dy_NO = inputs([rows // 8, rows - rows // 8, 0], N - rows, R, I, O, dtype)
+    with poisoned():
+        found = results(ops.grouped_lora, tensors, start_G1, dy_NO)
+    ref = results(ops.grouped_lora_ref, tensors, start_G1, dy_NO)
+    wide = [x.double() for x in tensors]
+    ref64 = results(ops.grouped_lora_ref, wide, start_G1, dy_NO.double())
+    for values, factor in zip(zip(found, ref, ref64, strict=True), (2, 3, 3, 3), strict=True):
+        assert_close_to_ref64(*values, factor=factor)
+
+
 def test_non_contiguous() -> None:
     tensors, start_G1, dy_NO = inputs([3, 1, 4], 2)
     far_start_G1 = start_G1.repeat_interleave(2)[::2]
@@ -130,6 +148,7 @@ def test_one_tensor_of_three_wants_a_gradient() -> None:
         assert sum(leaf.grad is not None for leaf in leaves) == 1
 
 
+@only_cpu
 def test_any_number_of_threads() -> None:
     arguments = inputs([200, 10, 0, 300, 50], 9, 16, 200, 150, torch.float32)
     assert_any_number_of_threads(lambda: results(ops.grouped_lora, *arguments))
@@ -153,6 +172,7 @@ def test_every_instruction_set(isa: str) -> None:
     assert said_with(isa, program).split() == [isa] + ["tensor(True)"] * 16
 
 
+@only_cpu
 @groups
 def test_opcheck(sizes: list[int], tail: int) -> None:
     tensors, start_G1, dy_NO = inputs(sizes, tail)

@@ -8,6 +8,7 @@ from tests.kernels import (
     assert_compiles,
     assert_same_bits,
     every_instruction_set,
+    only_cpu,
     poisoned,
     said_with,
 )
@@ -100,6 +101,7 @@ def test_the_sizes_choose(op: str, K: int, E: int, dense: bool) -> None:
     assert ("mixlora" not in name) == dense
 
 
+@only_cpu
 @both
 @pytest.mark.parametrize("load", ["uniform", "empty slots"])
 @pytest.mark.parametrize(
@@ -111,6 +113,7 @@ def test_gradcheck(op: str, load: str, R: int, I: int) -> None:
     assert torch.autograd.gradcheck(lambda *tensors: native(op)(*tensors, plan), tensors)
 
 
+@only_cpu
 @both
 @cases
 def test_gradcheck_of_routings(op: str, T: int, K: int, E: int, load: str) -> None:
@@ -160,9 +163,24 @@ def test_against_reference(
             assert_close(values[0].double(), values[2], rel=torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("R", [1, 4, 8, 16, 24, 64])
+@pytest.mark.parametrize("T", [0, 1, 63, 64, 65, 257])
+@both
+def test_edges(op: str, T: int, R: int) -> None:
+    load = ("uniform", "one pair", "empty slots", "some empty")[(T + R) % 4]
+    dtype, I = DTYPES[1:][(T + R) % 3], 72 if T % 2 else 67
+    plan, tensors = some_plan(T, 2, 5, load), inputs(op, T, 2, 5, R, I, dtype)
+    with poisoned():
+        found = results(native(op), plan, *tensors)
+    ref = results(reference(op), plan, *tensors)
+    ref64 = results(reference(op), plan, *(x.double() for x in tensors))
+    for values, factor in zip(zip(found, ref, ref64, strict=True), (2, 3, 3), strict=True):
+        assert_close_to_ref64(*values, factor=factor)
+
+
 @both
 def test_slots_in_any_order_and_repeated_experts(op: str) -> None:
-    expert_TK = torch.tensor([[2, 0], [0, 2], [1, 1], [2, 0], [-1, 1], [1, -1]], dtype=torch.int32)
+    expert_TK = torch.tensor([[2, 1], [0, 2], [1, 1], [2, 0], [-1, 1], [1, -1]], dtype=torch.int32)
     plan, tensors = ops.moe_sort(expert_TK, 3), inputs(op, 6, 2, 3, R, I)
     found = results(native(op), plan, *tensors)
     wanted = results(reference(op), plan, *tensors)
@@ -205,6 +223,7 @@ def test_one_tensor_of_two_wants_a_gradient(op: str, run) -> None:
         assert torch.equal(leaves[i].grad, want)
 
 
+@only_cpu
 @both
 def test_any_number_of_threads(op: str) -> None:
     plan, tensors = some_plan(700, 2, 8, "zipf"), inputs(op, 700, 2, 8, 16, 200, torch.float32)
@@ -231,6 +250,7 @@ def test_every_instruction_set(isa: str) -> None:
     assert said_with(isa, program).split() == [isa] + ["tensor(True)"] * 24
 
 
+@only_cpu
 @both
 @pytest.mark.parametrize("name", ["empty slots", "no token", "one slot", "one expert"])
 def test_opcheck(op: str, name: str) -> None:
@@ -257,6 +277,7 @@ def test_compile(op: str) -> None:
     assert_compiles(loss, first.requires_grad_(), w.requires_grad_())
 
 
+@only_cpu
 @both
 def test_second_derivative(op: str) -> None:
     plan, tensors = some_plan(4, 2, 5, "empty slots"), inputs(op, 4, 2, 5, 2, 3)[:2]
