@@ -117,6 +117,10 @@ def test_what_a_gpu_cannot_take_is_an_error() -> None:
             ops.moe_sort(torch.zeros(2, 2, dtype=torch.int32), 2048)
         with pytest.raises(RuntimeError, match="^topk_router: there must be at most 256 experts"):
             ops.topk_router(torch.zeros(2, 257), 2)
+        plan = ops.moe_sort(torch.zeros(2, 1, dtype=torch.int32), 65)
+        inputs = torch.zeros(2, 8), torch.zeros(2, 8), *[None] * 5, plan, torch.zeros(2, 1), 1.0
+        with pytest.raises(RuntimeError, match="^shared_glu: num_experts must be at most 64"):
+            ops.shared_glu(*inputs)
 
 
 def moved(run, *, read: int, written: int) -> None:

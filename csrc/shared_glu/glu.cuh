@@ -201,6 +201,7 @@ inline __device__ Rows rows_from(const SharedGluParams& p, int64_t first) {
 
 // A tile's rows in their k-th slot; `mine` are those with the expert.
 struct Visit {
+  Rows rows;
   int64_t k, slot[2];
   int expert;
   bool mine[2];
@@ -241,7 +242,7 @@ __device__ void for_each_visit(const SharedGluParams& p,
     unsigned long long experts = 0;
     for (int w = first; w < last; ++w) experts |= experts_KW[k * kWarps + w];
     for (; experts; experts &= experts - 1) {
-      Visit visit{k, {}, __ffsll(experts) - 1, {}};
+      Visit visit{rows, k, {}, __ffsll(experts) - 1, {}};
       for (int h = 0; h < 2; ++h) {
         visit.slot[h] = rows.token[h] < 0 ? 0 : rows.token[h] * p.slots + k;
         visit.mine[h] = expert_of(p, rows.token[h], k) == visit.expert;
@@ -332,10 +333,14 @@ __device__ Tile<T> expand_rows(
   return expand(a_NR + visit.slot[0] * glu.R, a_NR + visit.slot[1] * glu.R, b_FR, glu.R);
 }
 
-// base + s B a, or what DoRA scales: the same without the bias.
+// base + s B a, or what DoRA scales: the same without the bias. A token's base comes from memory
+// for the first of its slots, and from the cache for the others.
 template <class T>
-__device__ Tile<T> unscaled_side(
-    const Glu<T>& glu, const Side<T>& side, const Stored<T>& base, const Visit& visit, int64_t f) {
+__device__ Tile<T> unscaled_side(const Glu<T>& glu,
+                                 const Side<T>& side,
+                                 const Visit& visit,
+                                 int64_t f) {
+  const Stored<T> base = load_rows(glu, side.base_TF, visit.rows, f);
   const Wide<T> scaling = glu.p.scaling;
   Tile<T> y = expand_rows(glu, side.a_NR, side.b_EFR, visit, f);
   const auto bias = load_columns(glu, side.scale_EF ? side.bias_F : nullptr, f);
@@ -347,15 +352,28 @@ __device__ Tile<T> unscaled_side(
 
 // gate_k or up_k of a visit.
 template <class T>
-__device__ Tile<T> side_of(
-    const Glu<T>& glu, const Side<T>& side, const Stored<T>& base, const Visit& visit, int64_t f) {
-  if (!side.a_NR) return widened(base);
-  Tile<T> y = unscaled_side(glu, side, base, visit, f);
+__device__ Tile<T> side_of(const Glu<T>& glu, const Side<T>& side, const Visit& visit, int64_t f) {
+  if (!side.a_NR) return widened(load_rows(glu, side.base_TF, visit.rows, f));
+  Tile<T> y = unscaled_side(glu, side, visit, f);
   if (!side.scale_EF) return y;
   const auto scale = load_columns(glu, side.scale_EF + visit.expert * glu.p.ffn, f);
   const auto bias = load_columns(glu, side.bias_F, f);
   for_each_place<kPer<T>>([&](int h, int c) { y.at(h, c) = scale.x[c] * y.at(h, c) + bias.x[c]; });
   return y;
+}
+
+// value = act(gate), in gate's place, and slope = act'(gate).
+template <class T>
+__device__ void activate_tile(int act, Tile<T>& gate, Tile<T>& slope) {
+  with_activation(act, [&](auto act) {
+    for_each_place<kPer<T>>([&](int h, int c) {
+      // The compiler would compute all places at once, for which registers do not suffice.
+      if (c % 2 == 0) __syncwarp();
+      Wide<T> value;
+      activate<decltype(act)::value>(gate.at(h, c), value, slope.at(h, c));
+      gate.at(h, c) = value;
+    });
+  });
 }
 
 template <class T>

@@ -128,13 +128,12 @@ __device__ void side_backward(const Glu<T>& glu,
                               const SideGradients<T>& gradients,
                               const Visit& visit,
                               int64_t f,
-                              const Stored<T>& base,
                               Tile<T>& dy,
                               Tile<T>& dbase,
                               Wide<T>* da,
                               T* shared) {
   if (side.scale_EF) {
-    const Tile<T> before = unscaled_side(glu, side, base, visit, f);
+    const Tile<T> before = unscaled_side(glu, side, visit, f);
     const auto scale = load_columns(glu, side.scale_EF + visit.expert * glu.p.ffn, f);
     for_each_place<kPer<T>>([&](int h, int c) {
       put(dy.at(h, c) * before.at(h, c), visit, h, c, shared);
@@ -191,30 +190,24 @@ __global__ void glu_backward_kernel(const __grid_constant__ GluBackward<T> b) {
     S* sums = b.rows.begin(p, range, tile, shared_sums);
 
     for (int64_t f = first; f < last; f += kColumns<T>) {
-      const Stored<T> gate = load_rows(glu, p.gate_TF, rows, f);
-      const Stored<T> up = load_rows(glu, p.up_TF, rows, f);
-      const Stored<T> dhbar = load_rows(glu, p.dhbar_TF, rows, f);
       Tile<T> dgate = {}, dup = {};
       for_each_visit(p, rows, experts_KW, 0, kWarps, [&](const Visit& visit) {
-        Tile<T> dh = {};
-        Tile<T> gate_k = side_of(glu, glu.gate, gate, visit, f);
-        Tile<T> up_k = side_of(glu, glu.up, up, visit, f);
+        Tile<T> value = side_of(glu, glu.gate, visit, f), slope, dh = {};
+        activate_tile(p.act, value, slope);
+        const Tile<T> up_k = side_of(glu, glu.up, visit, f);
         if (b.dz_NR) dh = expand_rows(glu, b.dz_NR, b.a_down_EFR, visit, f);
+        const Stored<T> dhbar = load_rows(glu, p.dhbar_TF, rows, f);
         const Dropout<T> factors = dropout_of(glu, visit, f);
         const auto weight = weights_of<T>(p, visit);
         S dweight[2] = {};
-        with_activation(p.act, [&](auto act) {
-          for_each_place<kPer<T>>([&](int i, int c) {
-            if (c % 2 == 0) __syncwarp();
-            S value, slope;
-            activate<decltype(act)::value>(gate_k.at(i, c), value, slope);
-            const S dhbar_c = widen(dhbar.rows[i].x[c]), h_c = value * up_k.at(i, c);
-            const S dh_c = weight.x[i] * dhbar_c + factors.at(i, c) * dh.at(i, c);
-            dweight[i] += dhbar_c * h_c;
-            put(factors.at(i, c) * h_c, visit, i, c, shared_factors);
-            gate_k.at(i, c) = dh_c * up_k.at(i, c) * slope;
-            up_k.at(i, c) = dh_c * value;
-          });
+        // From here on slope is the gradient of gate_k, and value that of up_k.
+        for_each_place<kPer<T>>([&](int h, int c) {
+          const S dhbar_c = widen(dhbar.rows[h].x[c]), h_c = value.at(h, c) * up_k.at(h, c);
+          const S dh_c = weight.x[h] * dhbar_c + factors.at(h, c) * dh.at(h, c);
+          dweight[h] += dhbar_c * h_c;
+          put(factors.at(h, c) * h_c, visit, h, c, shared_factors);
+          slope.at(h, c) *= dh_c * up_k.at(h, c);
+          value.at(h, c) *= dh_c;
         });
 
         S* sums_k = sums + visit.k * b.rows.count * 4 * kLanes;
@@ -225,8 +218,8 @@ __global__ void glu_backward_kernel(const __grid_constant__ GluBackward<T> b) {
           if (visit.mine[i] && lane_quarter() == 0) of_weight[2 * i] += sum;
         }
         if (b.dz_NR) add_outer(glu, b.down, visit, f, shared_factors);
-        side_backward(glu, glu.gate, b.gate, visit, f, gate, gate_k, dgate, sums_k, shared_factors);
-        side_backward(glu, glu.up, b.up, visit, f, up, up_k, dup, of_up, shared_factors);
+        side_backward(glu, glu.gate, b.gate, visit, f, slope, dgate, sums_k, shared_factors);
+        side_backward(glu, glu.up, b.up, visit, f, value, dup, of_up, shared_factors);
       });
       store_rows(glu, dgate, rows, f, p.dgate_TF);
       store_rows(glu, dup, rows, f, p.dup_TF);

@@ -30,20 +30,12 @@ __global__ void glu_kernel(const __grid_constant__ Glu<T> glu,
   S* sums = z.begin(p, range, tile, shared_sums);
 
   for (int64_t f = first; f < last; f += kColumns<T>) {
-    const Stored<T> gate = load_rows(glu, p.gate_TF, rows, f);
-    const Stored<T> up = load_rows(glu, p.up_TF, rows, f);
     Tile<T> hbar = {};
     for_each_visit(p, rows, experts_KW, warp, warp + 1, [&](const Visit& visit) {
-      Tile<T> h;
-      const Tile<T> gate_k = side_of(glu, glu.gate, gate, visit, f);
-      const Tile<T> up_k = side_of(glu, glu.up, up, visit, f);
-      with_activation(p.act, [&](auto act) {
-        for_each_place<kPer<T>>([&](int i, int c) {
-          S value, slope;
-          activate<decltype(act)::value>(gate_k.at(i, c), value, slope);
-          h.at(i, c) = value * up_k.at(i, c);
-        });
-      });
+      Tile<T> h = side_of(glu, glu.gate, visit, f), slope;
+      activate_tile(p.act, h, slope);
+      const Tile<T> up_k = side_of(glu, glu.up, visit, f);
+      for_each_place<kPer<T>>([&](int i, int c) { h.at(i, c) *= up_k.at(i, c); });
       const auto weight = weights_of<T>(p, visit);
       for_each_place<kPer<T>>([&](int i, int c) {
         if (visit.mine[i]) hbar.at(i, c) += weight.x[i] * h.at(i, c);
