@@ -437,6 +437,10 @@ def test_a_build_without_cuda_says_so() -> None:
             "moe_gather": (x_TD, slot_row_TK.view(-1), slot_row_TK),
             "moe_scatter": (x_TD, slot_row_TK.view(-1), slot_row_TK, None),
             "topk_router": (x_TD, 2, None, None),
+            "shared_glu": (
+                *(x_TD, x_TD, None, None, None, None, None, slot_row_TK, slot_row_TK, x_TD),
+                *(None, None, None, None, 4, 1.0, 0, 0.0, None),
+            ),
         }
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     for op, values in arguments.items():
