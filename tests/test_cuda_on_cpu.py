@@ -471,6 +471,10 @@ def test_a_build_without_cuda_says_so() -> None:
             "grouped_expand": (x_TD, x_TD, False, slot_row_TK, slot_row_TK, slot_row_TK),
             "grouped_outer": (x_TD, x_TD, False, slot_row_TK, slot_row_TK, slot_row_TK),
             "grouped_lora": (x_TD, x_TD, x_TD, slot_row_TK, 1.0),
+            "shared_glu": (
+                *(x_TD, x_TD, None, None, None, None, None, slot_row_TK, slot_row_TK, x_TD),
+                *(None, None, None, None, 4, 1.0, 0, 0.0, None),
+            ),
         }
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     for op, values in arguments.items():
