@@ -1,10 +1,14 @@
 """What every kernel is put through."""
 
+import atexit
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +16,9 @@ from torch import Tensor
 
 from mixlora import _C
 
+ROOT = Path(__file__).resolve().parents[1]
 only_cpu = pytest.mark.only_cpu
+slow_cuda = pytest.mark.slow_cuda
 
 
 def every_instruction_set(test: Callable) -> Callable:
@@ -22,14 +28,41 @@ def every_instruction_set(test: Callable) -> Callable:
     return pytest.mark.parametrize("isa", others)(only_cpu(test))
 
 
+# Programs come one by one, as JSON; so does what they print.
+SERVER = """
+import contextlib, io, json, sys, traceback
+import torch
+from mixlora import _C
+for line in sys.stdin:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        print(_C.build_info()["instruction_set"])
+        try:
+            exec(json.loads(line), {})
+        except Exception:
+            traceback.print_exc(file=said)
+    print(json.dumps(said.getvalue()), flush=True)
+"""
+
+
+@cache
+def process_with(isa: str) -> subprocess.Popen:
+    environment = {**os.environ, "MIXLORA_ISA": isa}
+    command = [sys.executable, "-c", SERVER]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)
+    atexit.register(process.kill)
+    return process
+
+
 def said_with(isa: str, program: str) -> str:
     """What the Python program prints where the kernels run with this instruction set."""
     built = _C.build_info()["instruction_sets"]
     if built.index(isa) > built.index(_C.build_info()["instruction_set"]):
         pytest.skip(f"this processor has no {isa}")
-    environment = {**os.environ, "MIXLORA_ISA": isa}
-    program = f"from mixlora import _C; print(_C.build_info()['instruction_set'])\n{program}"
-    return subprocess.check_output([sys.executable, "-c", program], env=environment, text=True)
+    process = process_with(isa)
+    process.stdin.write(json.dumps(program) + "\n")
+    process.stdin.flush()
+    return json.loads(process.stdout.readline())
 
 
 def assert_same_bits(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> None:

@@ -64,7 +64,8 @@ def test_every_kernel_runs_under_the_sanitizer_of_threads(kernel: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_cuda_kernels_have_their_parts(op: str) -> None:
-    source = (ROOT / f"csrc/{op}/{op}_cuda.cu").read_text()
+    files = ROOT.glob(f"csrc/{op}/*_cuda.cu")
+    source = "".join(path.read_text() for path in files)
     assert all(f"void {kernel}_cuda(" in source for kernel in KERNELS_OF[op])
     assert not re.search(r"#include <(torch|ATen|c10)|<<<|__shared__|asm", source)
     assert not missing({f"csrc/{op}/{op}.cpp": "REGISTER_KERNELS"})

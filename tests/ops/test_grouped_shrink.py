@@ -11,6 +11,7 @@ from tests.kernels import (
     only_cpu,
     poisoned,
     said_with,
+    slow_cuda,
 )
 from tests.numerics import assert_close, assert_close_to_ref64
 from tests.tiny import ROUTINGS, normal, scattered, some_plan
@@ -142,6 +143,7 @@ SIZES = {
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
+@slow_cuda
 @pytest.mark.parametrize("T, K, E, R, I", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @both
