@@ -40,6 +40,7 @@ demo: kernels ## MixLoRA and LoRA on four small tasks, from a tiny pretrained mo
 
 test: kernels ## run the tests; PYTEST_ADDOPTS adds options
 	@$(PY) tools/ensure.py test
+	@$(PY) -m tests.cuda_on_cpu
 	$(PY) -m pytest
 
 sanitize: env ## run the kernels under the sanitizers of memory, undefined behaviour and threads

@@ -27,6 +27,9 @@ from tests.kernels import poisoned
 from tests.numerics import assert_close, assert_close_to_ref64
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"CUDA kernels on the CPU: {MISSING}")
+*OTHERS, USUAL = ORDERS
+SLOW = [pytest.param(order, marks=pytest.mark.slow) for order in OTHERS]
+orders = pytest.mark.parametrize("order", [USUAL, *SLOW])
 seen = pytest.mark.skipif(bool(SANITIZER), reason="a sanitizer sees the accesses")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -58,7 +61,7 @@ def scatter(op, plan: ops.Plan):
     return lambda y_ND, *weight_TK: (op(y_ND, plan, *weight_TK),)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@orders
 @pytest.mark.parametrize("load", ["uniform", "one expert", "empty experts", "empty slots"])
 @pytest.mark.parametrize("T", [0, 1, 63, 64, 65, 257])
 def test_edges(T: int, load: str, order: str) -> None:
@@ -82,7 +85,7 @@ def test_edges(T: int, load: str, order: str) -> None:
             assert_close_to_ref64(a, b, b64)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@orders
 @pytest.mark.parametrize("E, K", [(1, 1), (8, 2), (31, 5), (64, 8), (200, 3)])
 @pytest.mark.parametrize("T", [0, 1, 63, 64, 65, 257])
 def test_edges_of_the_router(T: int, E: int, K: int, order: str) -> None:

@@ -28,7 +28,9 @@ from tests.tiny import (
 )
 
 GPU = pytest.mark.gpu
-devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+# In the GPU's place the CPU tests these tests.
+CPU = pytest.param("cpu", marks=pytest.mark.slow)
+devices = pytest.mark.parametrize("device", [CPU, pytest.param("cuda", marks=GPU)])
 every_op = pytest.mark.parametrize("op", OPS)
 
 # T: (D, F, R, E, K, load), with whole and ragged tiles, and rows that are aligned or not

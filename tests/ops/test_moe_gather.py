@@ -10,6 +10,7 @@ from tests.kernels import (
     only_cpu,
     poisoned,
     said_with,
+    slow_cuda,
 )
 from tests.numerics import assert_close
 from tests.tiny import ROUTINGS, normal, scattered, some_plan
@@ -31,6 +32,7 @@ def test_rows_are_tokens(T: int, K: int, E: int, load: str, dtype: torch.dtype) 
     assert not x_ND[len(rows) :].any()
 
 
+@slow_cuda
 @cases
 def test_gradient(T: int, K: int, E: int, load: str) -> None:
     plan = some_plan(T, K, E, load)

@@ -411,6 +411,7 @@ def dora(E: int, F: int, sides: str, bias: bool, dtype=torch.float64) -> dict[st
     }
 
 
+@slow_cuda
 @cases
 @pytest.mark.parametrize("sides", ["gate", "up", "gate up"])
 @pytest.mark.parametrize("bias", [False, True])
