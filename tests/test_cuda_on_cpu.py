@@ -425,6 +425,7 @@ __global__ void product_kernel(const T* a, const T* b, int num_terms, float* c, 
 """
 
 
+@pytest.mark.slow
 @seen
 def test_tensor_cores_and_copies(tmp_path: Path) -> None:
     """Both factors in either order in memory; the last terms are half a tile."""

@@ -51,6 +51,7 @@ def test_every_change_is_tried() -> None:
     assert {path for path, _ in CHANGES} == set(SETTINGS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path, code", CHANGES, ids=[path for path, _ in CHANGES])
 def test_a_change_in_one_file(path: str, code: str, tmp_path: Path) -> None:
     for folder in ("mixlora", "models", "tests"):

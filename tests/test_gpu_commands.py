@@ -10,6 +10,7 @@ from benchmarks import gpu
 from tools import gpu_check
 
 
+@pytest.mark.slow
 def test_every_part_of_the_benchmarks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--device", "cpu", "--tiny", "--output", str(tmp_path)]) == 0
     (written,) = tmp_path.glob("cpu-*.json")
