@@ -127,29 +127,33 @@ def attention_mask(
 ) -> Tensor | None:
     """bool [B, 1, S, L], True = may attend; None stands for the plain causal triangle.
 
-    A token sees the real tokens at or before it, of its own segment, and always itself: so no
-    row of padding is empty, which would make its softmax NaN. With a window it sees the nearest
-    `window` of them, itself among them; padding does not count, wherever it stands.
+    A token sees the real tokens at or before it, of its own segment; padding, which must see
+    something so that its softmax is not NaN, itself, or with a cache its row's first token. With a
+    window a token sees the nearest `window` of them, itself among them; padding does not count,
+    wherever it stands.
     """
-    S = tokens_BS.shape[1]
-    real_BL = mask_BS if cache is None else cache.real_BL[:, : cache.length]
-    num_keys = S if cache is None else cache.length
-    if window is not None and window >= num_keys:
+    S, device = tokens_BS.shape[1], tokens_BS.device
+    if cache is not None:
+        if cache.is_first and (window is None or window >= S):
+            return None
+        key_L = torch.arange(cache.length, device=device)
+        age_BSL = cache.place_BS[..., None] - key_L
+        allowed = age_BSL >= 0
+        return (allowed if window is None else allowed & (age_BSL < window))[:, None]
+    if window is not None and window >= S:
         window = None
-    if real_BL is None and segments_BS is None and window is None:
+    if mask_BS is None and segments_BS is None and window is None:
         return None
-    key_L = torch.arange(num_keys, device=tokens_BS.device)
-    query_S1 = key_L[num_keys - S :, None]
-    allowed = (key_L <= query_S1)[None]
-    if real_BL is not None:
-        allowed = allowed & real_BL[:, None]
+    key_S = torch.arange(S, device=device)
+    allowed = (key_S <= key_S[:, None])[None]
+    if mask_BS is not None:
+        allowed = allowed & mask_BS[:, None]
     if segments_BS is not None:
         allowed = allowed & (segments_BS[:, :, None] == segments_BS[:, None])
     if window is not None:
-        place_BL = key_L[None] if real_BL is None else real_BL.cumsum(1)
-        place_BS1 = place_BL[:, num_keys - S :, None]
-        allowed = allowed & (place_BS1 - place_BL[:, None] < window)
-    return (allowed | (key_L == query_S1))[:, None]
+        place_BS = key_S[None] if mask_BS is None else mask_BS.cumsum(1)
+        allowed = allowed & (place_BS[:, :, None] - place_BS[:, None] < window)
+    return (allowed | (key_S == key_S[:, None]))[:, None]
 
 
 def next_token_loss(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mixlora.errors import InputError, did_you_mean
-from mixlora.layers.context import ForwardContext, Span, spans_of
+from mixlora.layers.context import ForwardContext, Member, Span, spans_of, stacked_rows
 from mixlora.layers.kv_cache import KvCache
 from mixlora.layers.router import joined, load_balance_loss, z_loss
 from mixlora.ops import Routing
@@ -22,6 +22,7 @@ class AdaptedModel(nn.Module):
         super().__init__()
         self.adapter_configs: dict[str, Any] = {}  # name -> mixlora.AdapterConfig
         self.active_adapter: str | None = None  # None = the base model
+        self.stack_sizes: dict[str, int] = {}  # of the stacks around it, by name
         self.name_or_path: str | None = None  # what the base was loaded as: a folder or a hub id
         self.folder: Path | None = None  # where its files are
         self.gradient_checkpointing = False  # one checkpoint per block, in training
@@ -35,7 +36,7 @@ class AdaptedModel(nn.Module):
     def begin(
         self,
         tokens_BS: Tensor,
-        adapters: Sequence[str | None] | None,
+        adapters: Sequence[str | Member | None] | None,
         cache: KvCache | None = None,
         *,
         mask_BS: Tensor | None = None,
@@ -44,7 +45,7 @@ class AdaptedModel(nn.Module):
     ) -> ForwardContext:
         """Check a forward's inputs and make its context.
 
-        `adapters` names each row's; None = the active one for all.
+        `adapters` names each row's, or tells its place in a stack; None = the active one for all.
         """
         if tokens_BS.dim() != 2 or tokens_BS.dtype not in (torch.int64, torch.int32):
             got = f"{tokens_BS.dtype} {list(tokens_BS.shape)}"
@@ -69,19 +70,22 @@ class AdaptedModel(nn.Module):
             hint = did_you_mean(name, self.adapter_configs)
             raise InputError(f"the model has no adapter named {name!r}{hint}")
         recompute_ffn = self.recompute_ffn and self.training
-        self._context = ForwardContext(spans, mask_BS, segments_BS, cache, recompute_ffn)
+        stacked = stacked_rows(spans, adapters or (), self.stack_sizes, tokens_BS)
+        self._context = ForwardContext(spans, mask_BS, segments_BS, cache, recompute_ffn, stacked)
         return self._context
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Within it no dropout and no gradients; afterwards the mode is as before."""
         training = self.training
-        self.eval()
+        if training:
+            self.eval()
         try:
             with torch.inference_mode():
                 yield
         finally:
-            self.train(training)
+            if training:
+                self.train()
 
     def routing(self, name: str) -> list[Routing]:
         """The last forward's routing of one adapter, layer by layer; empty without a router."""

@@ -8,10 +8,21 @@ import torch
 from torch import Tensor
 
 from mixlora.layers.kv_cache import KvCache
+from mixlora.ops import Plan, moe_sort
+
+
+class Member(NamedTuple):
+    """A row's adapter as one of a stack's (layers/stack.py)."""
+
+    stack: str
+    index: int
 
 
 class Span(NamedTuple):
-    """Adjacent rows of the batch that share an adapter; None is the base model."""
+    """Adjacent rows of the batch that share an adapter.
+
+    None is the base model, with the stacks around it that the rows' adapters are members of.
+    """
 
     name: str | None
     start: int
@@ -20,6 +31,14 @@ class Span(NamedTuple):
     def rows(self, x_BS: Tensor) -> Tensor:
         """These rows of a tensor: the tensor itself where they are all of it."""
         return x_BS if self.end - self.start == len(x_BS) else x_BS[self.start : self.end]
+
+
+class StackedRows(NamedTuple):
+    """Which of a span's tokens belong to members of a stack."""
+
+    is_all: bool
+    member_T: Tensor  # int32; -1 = to none
+    plan: Plan  # the member as the one expert of a token
 
 
 @dataclass
@@ -31,8 +50,15 @@ class ForwardContext:
     segments_BS: Tensor | None = None  # documents of packed rows; None = a row is one
     cache: KvCache | None = None  # what the rows have seen before
     recompute_ffn: bool = False  # feed-forwards keep their input alone for backward
+    stacked: dict[tuple[Span, str], StackedRows] = field(default_factory=dict)
     # (span, layer) -> its Routing: a block that is computed again finds its experts here
     routing: dict[tuple[Span, Any], Any] = field(default_factory=dict)
+
+    def adapters_of(self, span: Span) -> list[str]:
+        """The names under which layers may hold something for a span's rows."""
+        if span.name is not None:
+            return [span.name]
+        return [name for stacked, name in self.stacked if stacked == span]
 
     def sequences(self, span: Span, layer: Any) -> "Sequences":
         return Sequences(self, span, layer)
@@ -77,21 +103,42 @@ class Sequences:
             before_BSE = (place_BSE - chosen_BSE) * starts_BS[..., None]
             place_BSE = place_BSE - before_BSE.cummax(1).values
         if cache is not None:
-            shape = len(cache.real_BL), chosen_TE.shape[1]
-            router = self.span.name, self.layer
-            with torch.inference_mode(False):  # the next tokens may come outside of it
-                seen_BE = cache.counts.setdefault(router, place_BSE.new_zeros(shape))
+            key = self.layer, chosen_TE.shape[1]
+            seen_BE = cache.state(key)
+            if seen_BE is None:
+                seen_BE = place_BSE.new_zeros(cache.num_rows, chosen_TE.shape[1])
             place_BSE = place_BSE + self.span.rows(seen_BE)[:, None]
+            seen_BE = seen_BE.clone()
             self.span.rows(seen_BE).copy_(place_BSE[:, -1])
+            cache.set_state(key, seen_BE)
         return place_BSE.flatten(0, 1)
 
 
-def spans_of(names: Sequence[str | None]) -> tuple[Span, ...]:
+def spans_of(names: Sequence[str | Member | None]) -> tuple[Span, ...]:
     """["a", "a", None, "b"] -> (Span("a", 0, 2), Span(None, 2, 3), Span("b", 3, 4))"""
     spans: list[Span] = []
     for row, name in enumerate(names):
+        name = None if isinstance(name, Member) else name
         if spans and spans[-1].name == name:
             spans[-1] = spans[-1]._replace(end=row + 1)
         else:
             spans.append(Span(name, row, row + 1))
     return tuple(spans) or (Span(None, 0, 0),)
+
+
+def stacked_rows(
+    spans: Sequence[Span], names: Sequence[str | Member | None], sizes: dict[str, int], x_BS: Tensor
+) -> dict[tuple[Span, str], StackedRows]:
+    """What the base's spans have of every stack (name -> its size), token by token of x_BS."""
+    stacked = {}
+    for span in spans:
+        row_names = [] if span.name is not None else names[span.start : span.end]
+        for stack in dict.fromkeys(x.stack for x in row_names if isinstance(x, Member)):
+            index_B = [
+                x.index if isinstance(x, Member) and x.stack == stack else -1 for x in row_names
+            ]
+            member_B = torch.tensor(index_B, dtype=torch.int32)
+            member_T = member_B.repeat_interleave(x_BS.shape[1]).to(x_BS.device)
+            plan = moe_sort(member_T[:, None], sizes[stack])
+            stacked[span, stack] = StackedRows(-1 not in index_B, member_T, plan)
+    return stacked

@@ -39,10 +39,11 @@ class Linear(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def adapt(self, span: Span, x_BSI: Tensor, y_BSO: Tensor, context: ForwardContext) -> Tensor:
-        """What a span's adapter makes of y = W x + b, which it may overwrite."""
-        if span.name not in self.adapters:
-            return y_BSO
-        return self.adapters[span.name](x_BSI, y_BSO, self, context, span)
+        """What a span's adapters make of y = W x + b, which they may overwrite."""
+        for name in context.adapters_of(span):
+            if name in self.adapters:
+                y_BSO = self.adapters[name](x_BSI, y_BSO, self, context, span)
+        return y_BSO
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, bias={self.bias is not None}"

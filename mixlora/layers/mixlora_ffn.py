@@ -75,12 +75,31 @@ class FeedForward(nn.Module):
         output."""
         rows = (span.rows(x).flatten(0, 1) for x in (x_BSD, gate_BSF, up_BSF))
         x_TD, gate_TF, up_TF = rows
-        if span.name in self.mixtures:
-            mixture = self.mixtures[span.name]
-            sequences = context.sequences(span, self)
-            routing = mixture.moe_gate(x_TD, sequences)
+        names = [name for name in context.adapters_of(span) if name in self.mixtures]
+        parts = [self._mixed(name, x_TD, gate_TF, up_TF, span, context) for name in names]
+        stacked = [context.stacked[span, name] for name in names if span.name is None]
+        if parts and all(rows.is_all for rows in stacked):
+            return parts[0]
+        plain = self._plain(gate_TF, up_TF, span, context)
+        return joined(plain, parts, [rows.member_T for rows in stacked]) if parts else plain
+
+    def _mixed(
+        self,
+        name: str,
+        x_TD: Tensor,
+        gate_TF: Tensor,
+        up_TF: Tensor,
+        span: Span,
+        context: ForwardContext,
+    ) -> tuple[Tensor, Finish]:
+        routing = self.mixtures[name].moe_gate(x_TD, context.sequences(span, self))
+        if span.name == name:
             context.routing.setdefault((span, self), routing)
-            return mixture(self, x_TD, gate_TF, up_TF, routing)
+        return self.mixtures[name](self, x_TD, gate_TF, up_TF, routing)
+
+    def _plain(
+        self, gate_TF: Tensor, up_TF: Tensor, span: Span, context: ForwardContext
+    ) -> tuple[Tensor, Finish]:
         if torch.is_grad_enabled():  # cheap to repeat: what is kept for backward is gate and up
             options = {"use_reentrant": False, "preserve_rng_state": False}
             h_TF = checkpoint(self._glu, gate_TF, up_TF, **options)
@@ -210,6 +229,23 @@ class MixLora(nn.Module):
             y_TD = y_TD + skip_T[:, None].to(x_TD.dtype) * x_TD
         p = getattr(self.moe_gate, "ffn_dropout", 0.0) if self.training else 0.0
         return dropout(y_TD, p, draw_seed(y_TD.device)) if p else y_TD
+
+
+def joined(
+    plain: tuple[Tensor, Finish], parts: list[tuple[Tensor, Finish]], members: list[Tensor]
+) -> tuple[Tensor, Finish]:
+    """Of tokens that partly belong to stacks of mixtures: all enter W2 as `plain` has them and as
+    each mixture has them, and take what is theirs of its output."""
+    hidden, finishes = zip(plain, *parts, strict=True)
+
+    def finish(y_ND: Tensor) -> Tensor:
+        y_TD, *others = y_ND.split([len(h) for h in hidden])
+        y_TD = finishes[0](y_TD)
+        for finish_part, y_part, member_T in zip(finishes[1:], others, members, strict=True):
+            y_TD = torch.where(member_T[:, None] >= 0, finish_part(y_part), y_TD)
+        return y_TD
+
+    return torch.cat(hidden), finish
 
 
 def shrink_all(x_TD: Tensor, plan: Plan, *lora_as: Tensor | None) -> list[Tensor | None]:

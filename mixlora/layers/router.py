@@ -1,7 +1,7 @@
 """The routers of mixtures, by the name `routing_strategy` gives them, and their losses. All fp32.
 
-A router's constructor names the adapter settings it reads, with their defaults; `forward` turns
-hidden states into a Routing. A new one is a class here with a line in ROUTERS.
+A router's constructor names the adapter settings it reads, with their defaults; `choose` turns
+logits into a Routing. A new one is a class here with a line in ROUTERS.
 """
 
 import abc
@@ -47,8 +47,11 @@ class Router(nn.Module, abc.ABC):
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(low, high)
         return x_TD @ self.weight.to(wide).T
 
-    @abc.abstractmethod
     def forward(self, x_TD: Tensor, sequences: Sequences) -> Routing:
+        return self.choose(self.logits(x_TD), sequences)
+
+    @abc.abstractmethod
+    def choose(self, logits_TE: Tensor, sequences: Sequences) -> Routing:
         """Experts and weights of every token, and the sums of the losses (`routing_sums`)."""
 
 
@@ -66,8 +69,8 @@ class TopKRouter(Router):
         super().__init__(in_features, num_experts, router_init_range, jitter_noise)
         self.top_k = top_k
 
-    def forward(self, x_TD: Tensor, sequences: Sequences) -> Routing:
-        return topk_router(self.logits(x_TD), self.top_k, sequences.mask_T, sequences.chosen_TK)
+    def choose(self, logits_TE: Tensor, sequences: Sequences) -> Routing:
+        return topk_router(logits_TE, self.top_k, sequences.mask_T, sequences.chosen_TK)
 
 
 class TopPRouter(Router):
@@ -89,8 +92,7 @@ class TopPRouter(Router):
         super().__init__(in_features, num_experts, router_init_range, jitter_noise)
         self.top_p, self.temperature = top_p, temperature
 
-    def forward(self, x_TD: Tensor, sequences: Sequences) -> Routing:
-        logits_TE = self.logits(x_TD)
+    def choose(self, logits_TE: Tensor, sequences: Sequences) -> Routing:
         prob_TE = logits_TE.softmax(-1)
         tempered_TE = prob_TE / self.temperature if self.temperature else prob_TE
         expert_TK = sequences.chosen_TK
@@ -100,7 +102,7 @@ class TopPRouter(Router):
             kept_TE = torch.ones_like(reached_TE)
             kept_TE[:, 1:] = ~reached_TE[:, :-1]  # the first that reaches it is kept
             is_kept_TE = torch.zeros_like(kept_TE).scatter(1, order_TE, kept_TE)
-            expert_E = torch.arange(self.num_experts, dtype=torch.int32, device=x_TD.device)
+            expert_E = torch.arange(self.num_experts, dtype=torch.int32, device=logits_TE.device)
             expert_TK = expert_E.where(is_kept_TE, -1)
         weight_TK = tempered_TE.where(expert_TK >= 0, 0)
         sums = routing_sums(logits_TE, prob_TE, expert_TK, sequences.mask_T)
@@ -129,8 +131,7 @@ class SwitchRouter(Router):
         super().__init__(in_features, num_experts, router_init_range, jitter_noise)
         self.expert_capacity, self.ffn_dropout = expert_capacity, ffn_dropout
 
-    def forward(self, x_TD: Tensor, sequences: Sequences) -> Routing:
-        logits_TE = self.logits(x_TD)
+    def choose(self, logits_TE: Tensor, sequences: Sequences) -> Routing:
         prob_TE = logits_TE.softmax(-1)
         expert_T1 = prob_TE.detach().argmax(-1, keepdim=True)
         kept_T1 = sequences.chosen_TK
@@ -166,10 +167,9 @@ class DenseRouter(PluggedRouter):
     ) -> None:
         super().__init__(in_features, num_experts, router_init_range)
 
-    def forward(self, x_TD: Tensor, sequences: Sequences) -> Routing:
-        logits_TE = self.logits(x_TD)
+    def choose(self, logits_TE: Tensor, sequences: Sequences) -> Routing:
         prob_TE = logits_TE.softmax(-1)
-        expert_E = torch.arange(self.num_experts, dtype=torch.int32, device=x_TD.device)
+        expert_E = torch.arange(self.num_experts, dtype=torch.int32, device=logits_TE.device)
         expert_TK = expert_E.expand_as(prob_TE)
         sums = routing_sums(logits_TE, prob_TE, expert_TK, sequences.mask_T)
         return Routing(expert_TK, prob_TE, *sums)
