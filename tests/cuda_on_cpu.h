@@ -12,6 +12,7 @@
 #include <string>
 
 #include "common/cuda.h"
+#include "common/dtype.h"
 
 #define __global__
 #define __host__
@@ -148,13 +149,6 @@ inline int __ffsll(long long x) { return __builtin_ffsll(x); }
   } while (0)
 
 namespace mixlora {
-
-struct Bf16 {
-  uint16_t bits;
-};
-struct Fp16 {
-  uint16_t bits;
-};
 
 inline float widen(Bf16 x) {
   const uint32_t bits = uint32_t{x.bits} << 16;

@@ -250,32 +250,32 @@ void check_grouped(const Plan& plan) {
       .lora_a_GRI = lora_a_GRI.data(),
       .lora_b_GOR = lora_b_GOR.data(),
       .group_start_G1 = start_G1.data(),
-      .y_NO = out(kRows * O),
       .N = kRows,
       .G = G,
       .R = R,
       .I = I,
       .O = O,
       .scaling = 1.7,
-      .dtype = Dtype::kFloat32});
+      .dtype = Dtype::kFloat32,
+      .y_NO = out(kRows * O)});
   });
   check<float>("grouped_lora_backward", [&](const auto& out) {
     CPU_KERNEL(grouped_lora_backward_cpu)
-    ({.dy_NO = dy_NO.data(),
-      .x_NI = x_NI.data(),
+    ({.x_NI = x_NI.data(),
       .lora_a_GRI = lora_a_GRI.data(),
       .lora_b_GOR = lora_b_GOR.data(),
       .group_start_G1 = start_G1.data(),
-      .dx_NI = out(kRows * I),
-      .dlora_a_GRI = out(G * R * I),
-      .dlora_b_GOR = out(G * O * R),
       .N = kRows,
       .G = G,
       .R = R,
       .I = I,
       .O = O,
       .scaling = 1.7,
-      .dtype = Dtype::kFloat32});
+      .dtype = Dtype::kFloat32,
+      .dy_NO = dy_NO.data(),
+      .dx_NI = out(kRows * I),
+      .dlora_a_GRI = out(G * R * I),
+      .dlora_b_GOR = out(G * O * R)});
   });
 }
 
@@ -287,7 +287,7 @@ void check_glu(const Plan& plan) {
              a_down_ERF = normal<float>(E * R * F), weight_TK = normal<float>(N),
              scale_EF = normal<float>(E * F), bias_F = normal<float>(F),
              dhbar_TF = normal<float>(T * F), dz_TKR = normal<float>(N * R);
-  const SharedGluParams inputs{.dtype = GluDtype::kFloat,
+  const SharedGluParams inputs{.dtype = Dtype::kFloat32,
                                .act = 0,
                                .tokens = T,
                                .slots = K,

@@ -1,7 +1,7 @@
 """Plant the faults of tools/faults.txt in copies of the kernels, and see that the tests notice.
 
 python tools/plant_faults.py            all of them: an hour on two cores
-python tools/plant_faults.py DoRA       those whose file, operator or name has this in it
+python tools/plant_faults.py DoRA mma   those whose file, operator or name has one of these in it
 python tools/plant_faults.py --check    only see that the table fits the source
 """
 
@@ -108,8 +108,12 @@ def try_faults(trees: Queue, faults: list[Fault]) -> list[tuple[str, str]]:
     return results
 
 
-def main(words: str, only_check: bool) -> int:
-    faults = [x for x in read_faults(TABLE.read_text()) if words in f"{x.file} {x.op} {x.name}"]
+def main(words: list[str], only_check: bool) -> int:
+    faults = [
+        x
+        for x in read_faults(TABLE.read_text())
+        if any(word in f"{x.file} {x.op} {x.name}" for word in words)
+    ]
     lost = [x for x in faults if not find((ROOT / x.file).read_text(), x.old)]
     for fault in lost:
         print(f"{fault.file} has no longer, or not only once: {fault.name}\n{fault.old}")
@@ -144,7 +148,7 @@ def main(words: str, only_check: bool) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "words", nargs="?", default="", help="of the fault's file, operator or name"
+        "words", nargs="*", default=[""], help="of the fault's file, operator or name"
     )
     parser.add_argument("--check", action="store_true", help="build nothing")
     arguments = parser.parse_args()

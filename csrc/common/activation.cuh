@@ -28,19 +28,4 @@ __device__ void activate(S x, S& value, S& slope) {
   }
 }
 
-// Calls body(constant) with the Activation that `act` names: one branch for all that the body does.
-template <class Body>
-__device__ void with_activation(int act, const Body& body) {
-  switch (static_cast<Activation>(act)) {
-    case Activation::kSilu:
-      return body(std::integral_constant<Activation, Activation::kSilu>{});
-    case Activation::kGelu:
-      return body(std::integral_constant<Activation, Activation::kGelu>{});
-    case Activation::kGeluTanh:
-      return body(std::integral_constant<Activation, Activation::kGeluTanh>{});
-    case Activation::kRelu:
-      return body(std::integral_constant<Activation, Activation::kRelu>{});
-  }
-}
-
 }  // namespace mixlora

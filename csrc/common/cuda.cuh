@@ -8,8 +8,7 @@
 //   CHECK_INDEX(index, low, end);          stops the kernel; an index is what addresses memory
 //   launch<kernel>(grid, block, shared_bytes, queue, arguments...);
 //
-// Numbers are stored as double, float, Bf16 or Fp16 and computed as double or float (Wide<T>). A
-// row's address is computed in int64.
+// A row's address is computed in int64.
 #pragma once
 
 #include <algorithm>
@@ -38,13 +37,12 @@
 
 namespace mixlora {
 
-using Bf16 = __nv_bfloat16;
-using Fp16 = __half;
-
-inline __device__ float widen(Bf16 x) { return __bfloat162float(x); }
-inline __device__ float widen(Fp16 x) { return __half2float(x); }
-inline __device__ void narrow(float x, Bf16& y) { y = __float2bfloat16_rn(x); }
-inline __device__ void narrow(float x, Fp16& y) { y = __float2half_rn(x); }
+inline __device__ float widen(Bf16 x) { return __bfloat162float(__ushort_as_bfloat16(x.bits)); }
+inline __device__ float widen(Fp16 x) { return __half2float(__ushort_as_half(x.bits)); }
+inline __device__ void narrow(float x, Bf16& y) {
+  y.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
+inline __device__ void narrow(float x, Fp16& y) { y.bits = __half_as_ushort(__float2half_rn(x)); }
 
 template <auto kKernel, class... Arguments>
 void start(dim3 grid, dim3 block, int64_t shared_bytes, CudaQueue& queue, Arguments... arguments) {
@@ -73,9 +71,6 @@ inline constexpr int64_t kMaxSharedBytes = 96 * 1024;
 
 inline constexpr int kLanes = 32;
 inline constexpr unsigned kAllLanes = 0xffffffff;
-
-template <class T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 inline __device__ float widen(float x) { return x; }
 inline __device__ double widen(double x) { return x; }
@@ -127,21 +122,6 @@ void launch(dim3 grid, dim3 block, int64_t shared_bytes, CudaQueue& queue, Argum
 }
 
 inline int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
-
-// Calls body(zero) for the type that dtype names.
-template <class Body>
-void with_type(Dtype dtype, const Body& body) {
-  switch (dtype) {
-    case Dtype::kFloat64:
-      return body(double{});
-    case Dtype::kFloat32:
-      return body(float{});
-    case Dtype::kBfloat16:
-      return body(Bf16{});
-    case Dtype::kFloat16:
-      return body(Fp16{});
-  }
-}
 
 inline bool all_aligned(int64_t bytes, int64_t row_bytes, std::initializer_list<const void*> rows) {
   const auto aligned = [=](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };

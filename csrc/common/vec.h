@@ -1,16 +1,13 @@
 // Vectors of the compiler's own kind (GCC and clang), as wide as the instruction set that the file
 // is compiled for: +, -, *, / and comparisons work on them, and a * b + c becomes one instruction.
 //
-// Numbers are stored as float, double, Bf16 or Fp16 and computed as float or double:
+// Numbers in memory are of any type, those in vectors are Wide:
 //
 //   using V = Vec<Wide<T>>;                        T = Bf16: V is kWidth<float> floats
 //   V x = load(p);  store(q, x * x + splat(2.f));     p, q point to T, wherever they point
 //   load_part(p, n), store_part(p, x, n)            the first n <= kWidth; the rest is 0, or kept
 //   for_each_vector<T>(D, [&](int64_t d, auto n) {  elements d .. d + n - 1 of D: n is the constant
 //     ... load_part(p + d, n) ...                   kWidth<T>, and less for what is left at the end
-//   });
-//   with_type(dtype, [&](auto zero) {               calls it for the type that dtype names
-//     using T = decltype(zero);
 //   });
 #pragma once
 
@@ -31,16 +28,6 @@ inline constexpr int kVectorBytes = 32;
 #else
 inline constexpr int kVectorBytes = 16;
 #endif
-
-struct Bf16 {
-  uint16_t bits;
-};
-struct Fp16 {
-  uint16_t bits;
-};
-
-template <class T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <class T>
 inline constexpr int kWidth = kVectorBytes / sizeof(Wide<T>);
@@ -159,20 +146,6 @@ INLINE void for_each_vector(int64_t D, const Body& body) {
     body(d, std::integral_constant<int64_t, kWidth<T>>{});
   }
   if (d < D) body(d, D - d);
-}
-
-template <class Body>
-void with_type(Dtype dtype, const Body& body) {
-  switch (dtype) {
-    case Dtype::kFloat64:
-      return body(double{});
-    case Dtype::kFloat32:
-      return body(float{});
-    case Dtype::kBfloat16:
-      return body(Bf16{});
-    case Dtype::kFloat16:
-      return body(Fp16{});
-  }
 }
 
 // All lanes as one by op(a, b), in a fixed order.

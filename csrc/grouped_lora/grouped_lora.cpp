@@ -10,15 +10,15 @@ namespace {
 
 struct Inputs {
   Tensor x_NI, lora_a_GRI, lora_b_GOR, group_start_G1;  // contiguous
-  int64_t N, G, R, I, O;
-  Dtype dtype;
+  GroupedLoraParams params;
 };
 
 Inputs check_inputs(const char* op,
                     const Tensor& x_NI,
                     const Tensor& lora_a_GRI,
                     const Tensor& lora_b_GOR,
-                    const Tensor& group_start_G1) {
+                    const Tensor& group_start_G1,
+                    double scaling) {
   CHECK_DEVICE(op, x_NI, lora_a_GRI, lora_b_GOR, group_start_G1);
   const Dtype dtype = FLOAT_DTYPE(op, x_NI);
   check_dtype(op, "lora_a_GRI", lora_a_GRI, x_NI.scalar_type());
@@ -32,18 +32,17 @@ Inputs check_inputs(const char* op,
   CHECK_SHAPE(op, lora_a_GRI, G, R, I);
   CHECK_SHAPE(op, lora_b_GOR, G, O, R);
   CHECK_SHAPE(op, group_start_G1, G1);
-  const Inputs inputs{torch::stable::contiguous(x_NI),
-                      torch::stable::contiguous(lora_a_GRI),
-                      torch::stable::contiguous(lora_b_GOR),
-                      torch::stable::contiguous(group_start_G1),
-                      N,
-                      G,
-                      R,
-                      I,
-                      O,
-                      dtype};
-  check_starts(op, "group_start_G1", inputs.group_start_G1, N);
-  return inputs;
+  Inputs in{torch::stable::contiguous(x_NI),
+            torch::stable::contiguous(lora_a_GRI),
+            torch::stable::contiguous(lora_b_GOR),
+            torch::stable::contiguous(group_start_G1),
+            {.N = N, .G = G, .R = R, .I = I, .O = O, .scaling = scaling, .dtype = dtype}};
+  check_starts(op, "group_start_G1", in.group_start_G1, N);
+  in.params.x_NI = in.x_NI.const_data_ptr();
+  in.params.lora_a_GRI = in.lora_a_GRI.const_data_ptr();
+  in.params.lora_b_GOR = in.lora_b_GOR.const_data_ptr();
+  in.params.group_start_G1 = in.group_start_G1.const_data_ptr<int32_t>();
+  return in;
 }
 
 Tensor grouped_lora(const Tensor& x_NI,
@@ -51,21 +50,11 @@ Tensor grouped_lora(const Tensor& x_NI,
                     const Tensor& lora_b_GOR,
                     const Tensor& group_start_G1,
                     double scaling) {
-  const Inputs in = check_inputs("grouped_lora", x_NI, lora_a_GRI, lora_b_GOR, group_start_G1);
-  Tensor y_NO = torch::stable::new_empty(in.x_NI, {in.N, in.O});
-  const GroupedLoraParams params{.x_NI = in.x_NI.const_data_ptr(),
-                                 .lora_a_GRI = in.lora_a_GRI.const_data_ptr(),
-                                 .lora_b_GOR = in.lora_b_GOR.const_data_ptr(),
-                                 .group_start_G1 = in.group_start_G1.const_data_ptr<int32_t>(),
-                                 .y_NO = y_NO.mutable_data_ptr(),
-                                 .N = in.N,
-                                 .G = in.G,
-                                 .R = in.R,
-                                 .I = in.I,
-                                 .O = in.O,
-                                 .scaling = scaling,
-                                 .dtype = in.dtype};
-  RUN_KERNEL("grouped_lora", grouped_lora, in.x_NI, params);
+  const char* op = "grouped_lora";
+  Inputs in = check_inputs(op, x_NI, lora_a_GRI, lora_b_GOR, group_start_G1, scaling);
+  Tensor y_NO = torch::stable::new_empty(in.x_NI, {in.params.N, in.params.O});
+  in.params.y_NO = y_NO.mutable_data_ptr();
+  RUN_KERNEL(op, grouped_lora, in.x_NI, in.params);
   return y_NO;
 }
 
@@ -76,32 +65,20 @@ std::tuple<Tensor, Tensor, Tensor> grouped_lora_backward(const Tensor& dy_NO,
                                                          const Tensor& group_start_G1,
                                                          double scaling) {
   const char* op = "grouped_lora_backward";
-  const Inputs in = check_inputs(op, x_NI, lora_a_GRI, lora_b_GOR, group_start_G1);
-  const int64_t N = in.N, O = in.O;
+  Inputs in = check_inputs(op, x_NI, lora_a_GRI, lora_b_GOR, group_start_G1, scaling);
+  const int64_t N = in.params.N, O = in.params.O;
   CHECK_DEVICE(op, x_NI, dy_NO);
   check_dtype(op, "dy_NO", dy_NO, x_NI.scalar_type());
   CHECK_SHAPE(op, dy_NO, N, O);
   const Tensor dy = torch::stable::contiguous(dy_NO);
-  Tensor dx_NI = torch::stable::new_empty(dy, {in.N, in.I});
-  Tensor dlora_a_GRI = torch::stable::new_empty(dy, {in.G, in.R, in.I});
-  Tensor dlora_b_GOR = torch::stable::new_empty(dy, {in.G, in.O, in.R});
-  const GroupedLoraBackwardParams params{
-      .dy_NO = dy.const_data_ptr(),
-      .x_NI = in.x_NI.const_data_ptr(),
-      .lora_a_GRI = in.lora_a_GRI.const_data_ptr(),
-      .lora_b_GOR = in.lora_b_GOR.const_data_ptr(),
-      .group_start_G1 = in.group_start_G1.const_data_ptr<int32_t>(),
-      .dx_NI = dx_NI.mutable_data_ptr(),
-      .dlora_a_GRI = dlora_a_GRI.mutable_data_ptr(),
-      .dlora_b_GOR = dlora_b_GOR.mutable_data_ptr(),
-      .N = in.N,
-      .G = in.G,
-      .R = in.R,
-      .I = in.I,
-      .O = in.O,
-      .scaling = scaling,
-      .dtype = in.dtype};
-  RUN_KERNEL(op, grouped_lora_backward, in.x_NI, params);
+  Tensor dx_NI = torch::stable::new_empty(in.x_NI, in.x_NI.sizes());
+  Tensor dlora_a_GRI = torch::stable::new_empty(in.lora_a_GRI, in.lora_a_GRI.sizes());
+  Tensor dlora_b_GOR = torch::stable::new_empty(in.lora_b_GOR, in.lora_b_GOR.sizes());
+  in.params.dy_NO = dy.const_data_ptr();
+  in.params.dx_NI = dx_NI.mutable_data_ptr();
+  in.params.dlora_a_GRI = dlora_a_GRI.mutable_data_ptr();
+  in.params.dlora_b_GOR = dlora_b_GOR.mutable_data_ptr();
+  RUN_KERNEL(op, grouped_lora_backward, in.x_NI, in.params);
   return {dx_NI, dlora_a_GRI, dlora_b_GOR};
 }
 

@@ -21,8 +21,8 @@ void parallel_panels(int64_t G, int64_t features, const Body& body) {
 }
 
 // B^T [G, R, O] of the groups that have so many rows: its features too lie side by side.
-template <class T, class Params>
-std::unique_ptr<Wide<T>[]> transposed_b(const Params& p, int64_t min_rows) {
+template <class T>
+std::unique_ptr<Wide<T>[]> transposed_b(const GroupedLoraParams& p, int64_t min_rows) {
   const T* lora_b_GOR = static_cast<const T*>(p.lora_b_GOR);
   auto b_GRO = std::make_unique_for_overwrite<Wide<T>[]>(p.G * p.R * p.O);
   parallel_panels(p.G, p.O, [&](int64_t g, int64_t o, int64_t columns) {
@@ -107,7 +107,7 @@ void forward(const GroupedLoraParams& p) {
 // With z = s A x and dz = s B^T dy of every row:
 //   dx = A^T dz      dA = sum dz x^T      dB = sum dy z^T
 template <class T>
-void backward(const GroupedLoraBackwardParams& p) {
+void backward(const GroupedLoraParams& p) {
   using S = Wide<T>;
   const T* dy_NO = static_cast<const T*>(p.dy_NO);
   const T* x_NI = static_cast<const T*>(p.x_NI);
@@ -165,7 +165,7 @@ void grouped_lora_cpu(const GroupedLoraParams& p) {
   with_type(p.dtype, [&](auto zero) { forward<decltype(zero)>(p); });
 }
 
-void grouped_lora_backward_cpu(const GroupedLoraBackwardParams& p) {
+void grouped_lora_backward_cpu(const GroupedLoraParams& p) {
   with_type(p.dtype, [&](auto zero) { backward<decltype(zero)>(p); });
 }
 

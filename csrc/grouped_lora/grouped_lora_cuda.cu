@@ -18,22 +18,14 @@ namespace {
 // The products of rows x [N, I] and matrices w [G, R, I], or transposed [G, I, R].
 class Products {
  public:
-  template <class Params>
-  Products(const Params& p, CudaQueue& queue)
-      : N_(p.N),
-        G_(p.G),
-        R_(p.R),
-        group_start_G1_(p.group_start_G1),
-        scaling_(p.scaling),
-        dtype_(p.dtype),
-        num_parts_(num_bytes(p.dtype) == 2 ? 2 : 1),
-        queue_(queue) {}
+  Products(const GroupedLoraParams& p, CudaQueue& queue)
+      : p_(p), num_parts_(num_bytes(p.dtype) == 2 ? 2 : 1), queue_(queue) {}
 
   // Scaled, in memory of its own.
   const void* shrink(const void* x_NI, const void* w, bool transposed, int64_t I) {
-    void* z_NR = queue_.allocate(num_parts_ * N_ * R_ * num_bytes(dtype_));
+    void* z_NR = queue_.allocate(num_parts_ * p_.N * p_.R * num_bytes(p_.dtype));
     const auto p = params(x_NI, w, nullptr, z_NR, transposed, I);
-    grouped_shrink_cuda(p, num_parts_, scaling_, queue_);
+    grouped_shrink_cuda(p, num_parts_, p_.scaling, queue_);
     return z_NR;
   }
   void expand(const void* z_NR, const void* w, bool transposed, int64_t I, void* x_NI) {
@@ -55,21 +47,18 @@ class Products {
             z_NR,
             result,
             nullptr,
-            group_start_G1_,
+            p_.group_start_G1,
             nullptr,
-            N_,
+            p_.N,
             1,
-            G_,
-            R_,
+            p_.G,
+            p_.R,
             I,
             transposed,
-            dtype_};
+            p_.dtype};
   }
 
-  int64_t N_, G_, R_;
-  const int32_t* group_start_G1_;
-  double scaling_;
-  Dtype dtype_;
+  const GroupedLoraParams& p_;
   int num_parts_;
   CudaQueue& queue_;
 };
@@ -82,7 +71,7 @@ void grouped_lora_cuda(const GroupedLoraParams& p, CudaQueue& queue) {
   products.expand(z_NR, p.lora_b_GOR, true, p.O, p.y_NO);
 }
 
-void grouped_lora_backward_cuda(const GroupedLoraBackwardParams& p, CudaQueue& queue) {
+void grouped_lora_backward_cuda(const GroupedLoraParams& p, CudaQueue& queue) {
   Products products(p, queue);
   const void* z_NR = products.shrink(p.x_NI, p.lora_a_GRI, false, p.I);
   const void* dz_NR = products.shrink(p.dy_NO, p.lora_b_GOR, true, p.O);

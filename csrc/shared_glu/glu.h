@@ -256,7 +256,7 @@ class Glu {
     if (rows.slot_N[n] < 0) return zeros;
     const int64_t t = rows.slot_N[n] / p.slots, columns = real(chunk);
     const int64_t at = t * p.ffn + chunk * kColumns;
-    if (p.dtype == GluDtype::kBf16) {
+    if (p.dtype == Dtype::kBfloat16) {
       if constexpr (std::is_same_v<S, float>) {
         copy_padded(static_cast<const Bf16*>(x_TF) + at, columns, kColumns, copy);
       }
@@ -275,7 +275,7 @@ class Glu {
     const int64_t next = std::min(n + kTileRows, block.end - 1);
     const int64_t at = std::max(rows.slot_N[next], 0) / p.slots * p.ffn + chunk * kColumns;
     Ahead<kTensors> ahead{};
-    ahead.bytes = p.dtype == GluDtype::kBf16 ? sizeof(Bf16) : sizeof(S);
+    ahead.bytes = p.dtype == Dtype::kBfloat16 ? sizeof(Bf16) : sizeof(S);
     for (size_t i = 0; i < kTensors; ++i) {
       ahead.rows[i] = static_cast<const char*>(x_TF[i]) + at * ahead.bytes;
     }
@@ -283,7 +283,7 @@ class Glu {
   }
   void write_chunk(const S* x, void* y_TF, int64_t t, int64_t chunk) const {
     const int64_t at = t * p.ffn + chunk * kColumns;
-    if (p.dtype == GluDtype::kBf16) {
+    if (p.dtype == Dtype::kBfloat16) {
       if constexpr (std::is_same_v<S, float>) {
         convert(x, real(chunk), static_cast<Bf16*>(y_TF) + at);
       }
@@ -367,25 +367,10 @@ class Glu {
   }
 };
 
-// Calls body(constant) with the Activation that `act` names, as a constant.
-template <class Body>
-void with_activation(int act, const Body& body) {
-  switch (static_cast<Activation>(act)) {
-    case Activation::kSilu:
-      return body(std::integral_constant<Activation, Activation::kSilu>{});
-    case Activation::kGelu:
-      return body(std::integral_constant<Activation, Activation::kGelu>{});
-    case Activation::kGeluTanh:
-      return body(std::integral_constant<Activation, Activation::kGeluTanh>{});
-    case Activation::kRelu:
-      return body(std::integral_constant<Activation, Activation::kRelu>{});
-  }
-}
-
 // Kernel<S, kRanks> with the block of ranks that fits best.
 template <template <class, int> class Kernel>
 void run_glu(const SharedGluParams& p) {
-  if (p.dtype == GluDtype::kDouble) return Kernel<double, 8>(p).run();
+  if (p.dtype == Dtype::kFloat64) return Kernel<double, 8>(p).run();
   if (kWidth<float> <= 8 && (p.rank - 1) / 8 % 2 == 0) return Kernel<float, 8>(p).run();
   Kernel<float, 16>(p).run();
 }

@@ -12,14 +12,14 @@ namespace {
 constexpr const char* kOp = "shared_glu";
 constexpr int64_t kActivations = 4;
 
-GluDtype glu_dtype(const Tensor& gate_TF) {
+Dtype glu_dtype(const Tensor& gate_TF) {
   switch (gate_TF.scalar_type()) {
     case ScalarType::Float:
-      return GluDtype::kFloat;
+      return Dtype::kFloat32;
     case ScalarType::Double:
-      return GluDtype::kDouble;
+      return Dtype::kFloat64;
     case ScalarType::BFloat16:
-      return GluDtype::kBf16;
+      return Dtype::kBfloat16;
     default:
       fail(kOp,
            ": gate_TF must be float32, float64 or bfloat16, got ",
@@ -140,7 +140,7 @@ struct Inputs {
   }
 
   ScalarType wide_dtype() const {
-    return params.dtype == GluDtype::kDouble ? ScalarType::Double : ScalarType::Float;
+    return params.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
   }
 
   const void* wide(const char* name, const Optional& tensor, std::vector<int64_t> sizes) {

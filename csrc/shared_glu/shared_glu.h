@@ -4,17 +4,16 @@
 #include <cstdint>
 
 #include "common/cuda.h"
+#include "common/dtype.h"
 #include "common/isa.h"
 
 namespace mixlora {
 
-enum class GluDtype { kFloat, kDouble, kBf16 };  // of gate, up, hbar; all else is wide
-
-// A pointer that may be null belongs to an adapter, scale or bias that is not there. W is float, or
-// double beside double; T is the type that `dtype` names.
+// A pointer that may be null belongs to an adapter, scale or bias that is not there. T is the type
+// that `dtype` names, W is Wide<T>.
 struct SharedGluParams {
-  GluDtype dtype;
-  int act;  // an Activation
+  Dtype dtype;  // of gate, up, hbar, never fp16; all else is wide
+  int act;      // an Activation
   int64_t tokens, slots, experts, rank, ffn;
   const void *gate_TF, *up_TF;        // T
   const void *a_gate_TKR, *a_up_TKR;  // W, as all below
