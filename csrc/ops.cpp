@@ -34,6 +34,9 @@ STABLE_TORCH_LIBRARY(mixlora, m) {
   // Rows with a mask that is drawn from the seed again wherever it is asked for.
   m.def("dropout(Tensor x_ND, float p, Tensor seed) -> Tensor");
 
+  // A product with few rows, as in decoding: takes as long as W takes to be read.
+  m.def("few_rows_linear(Tensor x_TI, Tensor w_OI, Tensor? bias_O) -> Tensor");
+
   // The matrix of each slot's expert, its transpose, and that matrix's gradient; and B A of rows
   // sorted by group.
 #define PLAN "bool transposed, Tensor expert_TK, Tensor expert_start_E1, Tensor row_slot_N"

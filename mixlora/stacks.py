@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -72,7 +73,8 @@ class Stacks:
             return
         shape = _shape(self.model, name, sites)
         if shape not in self.stacks:
-            self.stacks[shape] = Stack(f"stack:{len(self.stacks)}", FIRST_SIZE)
+            number = next(n for n in count() if f"stack:{n}" not in self.model.stack_sizes)
+            self.stacks[shape] = Stack(f"stack:{number}", FIRST_SIZE)
             self._build(self.stacks[shape], name)
         stack = self.stacks[shape]
         if len(stack.members) == stack.size:

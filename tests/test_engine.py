@@ -232,7 +232,10 @@ def test_the_cache_is_all_the_memory_there_is() -> None:
         (lambda m: Engine(m).submit([], 1), "every prompt must have at least one token"),
         (lambda m: Engine(m).submit([1], 0), "max_new_tokens must be >= 1, got 0"),
         (lambda m: Engine(m, max_len=9).submit([1] * 6, 4), "a prompt of 6 tokens and max_new_tok"),
-        (lambda m: Engine(m).submit([1], 1, adapter="lora-9"), "no adapter named 'lora-9' .did you mean"),
+        (
+            lambda m: Engine(m).submit([1], 1, adapter="lora-9"),
+            "no adapter named 'lora-9' .did you mean",
+        ),
         (lambda m: generate(m, [[1]], 1, adapters=[]), "adapters must be 1 names, got 0"),
     ],
 )
@@ -293,3 +296,20 @@ def test_many_requests() -> None:
 @pytest.mark.slow
 def test_five_hundred_requests() -> None:
     stress(500)
+
+
+def test_two_engines_around_one_model() -> None:
+    model, names = model_with(["lora", "mixlora"])
+    engines = [Engine(model, max_len=40), Engine(model, max_len=40)]
+    prompts = some_prompts(4, 9)
+    requests = [
+        engine.submit(prompt, 8, adapter=name)
+        for engine, order in zip(engines, (names[:2], names[2:4]), strict=True)
+        for prompt, name in zip(prompts, order, strict=False)
+    ]
+    while any([engine.step() for engine in engines]):
+        pass
+    for request in requests:
+        assert request.tokens == alone(model, request.prompt, 8, request.adapter)[0]
+    engines[0].close()
+    assert len(model.stack_sizes) == 1

@@ -101,6 +101,14 @@ INLINE Vec<float> load(const Fp16* p) {
   return (Vec<float>)(sign | (size < 0x400 ? small : size < 0x7c00 ? normal : infinite_or_nan));
 }
 
+// For what several multiplications use: the compiler would rather load it for each.
+template <class V>
+INLINE void in_register(V& x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#endif
+}
+
 INLINE void store(float* p, Vec<float> x) { memcpy(p, &x, sizeof x); }
 INLINE void store(double* p, Vec<double> x) { memcpy(p, &x, sizeof x); }
 INLINE void store(Bf16* p, Vec<float> x) {

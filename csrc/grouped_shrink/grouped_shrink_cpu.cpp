@@ -1,4 +1,4 @@
-#include "common/low_rank.h"
+#include "common/few_rows.h"
 #include "common/parallel.h"
 #include "grouped_shrink/grouped_shrink.h"
 
@@ -58,7 +58,15 @@ void shrink_rows(const GroupedShrinkParams& p, const auto* w_ERI) {
     const T* x_N[kBlockRows];
     for (int64_t n = 0; n < rows; ++n) x_N[n] = x_TI + p.row_slot_N[begin + n] / p.K * p.I;
     std::vector<Wide<T>> z_NR(rows * p.R);
-    shrink<T>(x_N, rows, w_ERI + expert * p.R * p.I, p.R, p.I, 1, z_NR.data());
+    const auto* w_RI = w_ERI + expert * p.R * p.I;
+    if (p.T * p.K <= kFewRows) {
+      const FewRows<T> x(rows, p.I, [&](int64_t n) { return x_N[n]; });
+      Wide<T>* z_N[kBlockRows];
+      for (int64_t n = 0; n < rows; ++n) z_N[n] = z_NR.data() + n * p.R;
+      few_rows_shrink(x.rows.data(), rows, w_RI, p.R, p.I, p.I, z_N);
+    } else {
+      shrink<T>(x_N, rows, w_RI, p.R, p.I, 1, z_NR.data());
+    }
     for (int64_t n = 0; n < rows; ++n) {
       convert(z_NR.data() + n * p.R, p.R, a_TKR + p.row_slot_N[begin + n] * p.R);
     }
@@ -91,6 +99,7 @@ void expand_rows(const GroupedShrinkParams& p) {
   T* x_TI = static_cast<T*>(p.result);
   const std::vector<S> a_NR = rows_of_a<T>(p);
   const int64_t panels = num_panels(p.I), chunks = (p.T + kTokens - 1) / kTokens;
+  const bool is_few = p.transposed && p.T * p.K <= kFewRows && p.R % kWidth<S> == 0;
   for_items(p, chunks * panels, [&](int64_t item) {
     const int64_t t0 = item / panels * kTokens, t1 = std::min(p.T, t0 + kTokens);
     const int64_t i = item % panels * kPanelColumns;
@@ -106,6 +115,16 @@ void expand_rows(const GroupedShrinkParams& p) {
       first = std::lower_bound(first, last, t0 * p.K);  // an expert's rows are sorted by slot
       last = std::lower_bound(first, last, t1 * p.K);
       if (first == last) continue;
+      if (is_few) {
+        const S* a_N[kFewRows];
+        S* x_N[kFewRows];
+        for (int64_t n = 0; n < last - first; ++n) {
+          a_N[n] = a_NR.data() + (first + n - p.row_slot_N) * p.R;
+          x_N[n] = x_MI.data() + (first[n] / p.K - t0) * kPanelColumns;
+        }
+        few_rows_expand(a_N, last - first, w.w + (e * p.I + i) * p.R, columns, p.R, x_N);
+        continue;
+      }
       w.read(e, i, columns, w_RI.data(), kPanelColumns);
       for (; first < last; first += kBlockRows) {
         const int64_t rows = std::min<int64_t>(kBlockRows, last - first);

@@ -10,11 +10,10 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "common/activation.h"
+#include "common/buffer.h"
 #include "common/low_rank.h"
 #include "common/parallel.h"
 #include "common/philox.h"
@@ -27,18 +26,6 @@ inline constexpr int kTileRows = 8;
 inline constexpr int64_t kBlockTokens = 256;
 inline constexpr int kStepRows = kVectorBytes == 64 ? 8 : 4;  // of a product, in registers
 static_assert(kColumns % kChain == 0 && kTileRows % kStepRows == 0);
-
-struct FreeAligned {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
-};
-template <class S>
-using Buffer = std::unique_ptr<S[], FreeAligned>;
-
-// Not initialized; on a cache line, since a vector that straddles two takes twice as long.
-template <class S>
-Buffer<S> buffer(int64_t count) {
-  return Buffer<S>(static_cast<S*>(::operator new(count * sizeof(S), std::align_val_t{64})));
-}
 
 struct Tile {
   int64_t expert, begin, end;  // rows

@@ -1,3 +1,4 @@
+#include "shared_glu/few_rows.h"
 #include "shared_glu/glu.h"
 
 namespace mixlora::MIXLORA_ISA {
@@ -104,6 +105,12 @@ class Forward : Glu<S, kRanks> {
 
 }  // namespace
 
-void shared_glu_cpu(const SharedGluParams& p) { run_glu<Forward>(p); }
+void shared_glu_cpu(const SharedGluParams& p) {
+  with_type(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (!FewRowsGlu<T>::fits(p)) return run_glu<Forward>(p);
+    with_activation(p.act, [&](auto kAct) { FewRowsGlu<T>(p).template run<kAct>(); });
+  });
+}
 
 }  // namespace mixlora::MIXLORA_ISA

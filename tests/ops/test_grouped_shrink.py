@@ -139,6 +139,9 @@ SIZES = {
     "rank 13": (150, 3, 4, 13, 311),
     "many experts": (200, 6, 64, 8, 72),
     "chunks of tokens": (1030, 2, 3, 7, 100),
+    "few rows": (8, 2, 40, 16, 193),
+    "few rows of one expert": (30, 1, 2, 8, 1100),
+    "few rows of rank 24": (5, 3, 9, 24, 96),
 }
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

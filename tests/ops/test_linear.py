@@ -54,8 +54,8 @@ def test_only_where_bf16_is_emulated(emulated, monkeypatch) -> None:
     widened = []
     monkeypatch.setattr(module._WideLinear, "apply", lambda *args: widened.append(args[0].dtype))
     weight = normal(11, 9)
-    for rows, dtype in [(20, torch.float32), (20, torch.bfloat16), (2, torch.bfloat16)]:
-        with torch.no_grad():  # a few rows, as in decoding, are not worth it
+    for rows, dtype in [(40, torch.float32), (40, torch.bfloat16), (2, torch.bfloat16)]:
+        with torch.no_grad():  # few rows, as in decoding, have a kernel of their own
             ops.linear(normal(rows, 9).to(dtype), weight.to(dtype))
     assert widened == [torch.bfloat16]
     ops.linear(normal(2, 9).bfloat16(), weight.bfloat16().requires_grad_())

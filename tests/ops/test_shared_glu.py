@@ -202,6 +202,49 @@ def test_only_one_output_is_used() -> None:
             assert_close(a, b)
 
 
+FEW = [  # (T, K, E, load, F, R, DoRA's sides, biases)
+    (1, 2, 8, "uniform", 300, 16, "", False),
+    (16, 2, 64, "empty slots", 256, 8, "", False),
+    (5, 1, 3, "zipf", 13, 24, "gate", True),
+    (4, 8, 9, "uniform", 517, 64, "gate up", True),
+    (3, 2, 5, "all empty", 40, 8, "up", False),
+]
+
+
+@only_cpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T, K, E, load, F, R, sides, bias", FEW)
+@pytest.mark.parametrize("without", [(), (2, 4), (6,)])
+def test_few_rows(T, K, E, load, F, R, sides: str, bias: bool, without, dtype) -> None:
+    """As in decoding: the matrices are read in place; a token's results are its own."""
+    plan = some_plan(T, K, E, load)
+    tensors = [x if x is None else x.nan_to_num() for x in inputs(plan, E, F, R, dtype, without)]
+    extra = {
+        name: x
+        for name, x in dora(E, F, sides, bias, dtype).items()
+        if not (2 in without and "gate" in name)
+    }
+
+    def run(op, dtype: torch.dtype) -> list[Tensor]:
+        cast = [x if x is None else x.to(dtype) for x in tensors]
+        scales = {name: x.to(dtype) for name, x in extra.items()}
+        found = op(*cast[:7], plan, cast[7], SCALING, "silu", **scales)
+        return [x.to(dtype) for x in found if x is not None]
+
+    found = run(ops.shared_glu, dtype)
+    exact = run(ops.shared_glu_ref, torch.float64)
+    for native, ref, ref64 in zip(found, run(ops.shared_glu_ref, dtype), exact, strict=True):
+        if dtype == torch.float64:
+            assert_close(native, ref64)
+        else:
+            assert_close_to_ref64(native, ref, ref64)
+    last = [x if x is None or i in (4, 5, 6) else x[-1:] for i, x in enumerate(tensors)]
+    alone = ops.moe_sort(plan.expert_TK[-1:], E)
+    again = ops.shared_glu(*last[:7], alone, last[7], SCALING, "silu", **extra)
+    for native, row in zip(found, (x for x in again if x is not None), strict=True):
+        assert torch.equal(native[-1:], row.to(dtype))
+
+
 @slow_cuda
 @pytest.mark.parametrize("load", ["zipf", "empty slots"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

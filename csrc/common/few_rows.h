@@ -1,0 +1,138 @@
+// Products of a matrix with few rows, which take as long as the matrix takes to be read: it is read
+// in place, a vector at a time, and never copied. What is used more than once are the rows.
+//
+//   few_rows_shrink    y_n[o] = <x_n, w_o>       w_o is long: a sum for each lane, then one of them
+//   few_rows_expand    y_n[o] += <a_n, w_o>      w_o is short: the sums of kWidth outputs at once
+//
+// A row's sums are in one order, whatever rows are beside it.
+#pragma once
+
+#include "common/buffer.h"
+#include "common/low_rank.h"
+
+namespace mixlora::MIXLORA_ISA {
+
+inline constexpr int64_t kFewRows = 32;  // for more, w is read again
+
+// Copies of rows that lie anywhere. Where they lie a power of two apart they would push each other,
+// and w's rows, out of the cache.
+template <class T>
+struct FewRows {
+  int64_t stride;
+  Buffer<Wide<T>> copies;
+  std::vector<const Wide<T>*> rows;
+
+  // row(n) points to the features of row n < N.
+  template <class Row>
+  FewRows(int64_t N, int64_t I, const Row& row)
+      : stride(round_up(I, 16) + 16), copies(buffer<Wide<T>>(N * stride)), rows(N) {
+    for (int64_t n = 0; n < N; ++n) {
+      convert(row(n), I, copies.get() + n * stride);
+      rows[n] = copies.get() + n * stride;
+    }
+  }
+};
+
+// Of a tile in registers; and the columns of w's rows that stay in the level-1 cache for all tiles.
+inline constexpr int kFewTileRows = 2, kFewTileOutputs = kVectorBytes == 64 ? 12 : 6;
+inline constexpr int64_t kFewTileColumns = 512;
+
+// sums[m][o] += x[m] * w_o, lane by lane, w's rows being `stride` apart. Beside it, what is next
+// read from memory is fetched.
+template <int kRows, int kOut, class W, class S, class Next>
+INLINE void few_rows_tile(const S* const* x,
+                          int64_t i0,
+                          const W* w,
+                          int64_t stride,
+                          int64_t columns,
+                          const Next& fetch,
+                          Vec<S>* sums) {
+  Vec<S> sum[kRows][kOut];
+  for (int m = 0; m < kRows; ++m) {
+    for (int o = 0; o < kOut; ++o) sum[m][o] = sums[m * kFewTileOutputs + o];
+  }
+  for_each_vector<W>(columns, [&](int64_t i, auto n) {
+    fetch(i);
+    Vec<S> x_i[kRows];
+    for (int m = 0; m < kRows; ++m) x_i[m] = load_part(x[m] + i0 + i, n);
+    for (int o = 0; o < kOut; ++o) {
+      Vec<S> w_i = load_part(w + o * stride + i, n);
+      in_register(w_i);
+      for (int m = 0; m < kRows; ++m) sum[m][o] = x_i[m] * w_i + sum[m][o];
+    }
+  });
+  for (int m = 0; m < kRows; ++m) {
+    for (int o = 0; o < kOut; ++o) sums[m * kFewTileOutputs + o] = sum[m][o];
+  }
+}
+
+// y_N[n][o] = <x_N[n], w_OI[o]>, w's rows being `stride` apart.
+template <class W, class S>
+void few_rows_shrink(const S* const* x_N,
+                     int64_t N,
+                     const W* w_OI,
+                     int64_t O,
+                     int64_t I,
+                     int64_t stride,
+                     S* const* y_N) {
+  for (; N > kFewRows; N -= kFewRows, x_N += kFewRows, y_N += kFewRows) {
+    few_rows_shrink(x_N, kFewRows, w_OI, O, I, stride, y_N);
+  }
+  Vec<S> sums[kFewRows * kFewTileOutputs];
+  for (int64_t o0 = 0; o0 < O; o0 += kFewTileOutputs) {
+    const int64_t outputs = std::min<int64_t>(kFewTileOutputs, O - o0);
+    std::fill(sums, sums + N * kFewTileOutputs, Vec<S>{});
+    with_constant<kFewTileOutputs>(outputs, [&](auto kOut) {
+      for (int64_t i = 0; i < I; i += kFewTileColumns) {
+        const int64_t columns = std::min(kFewTileColumns, I - i);
+        const W* w = w_OI + o0 * stride + i;
+        const W* next = i + kFewTileColumns < I ? w + kFewTileColumns : w_OI + (o0 + kOut) * stride;
+        for (int64_t n = 0; n < N; n += kFewTileRows) {
+          const auto fetch = [&](int64_t c) {
+            if (n != kFewTileRows || c * sizeof(W) % 64 != 0) return;
+            for (int o = 0; o < kOut; ++o) __builtin_prefetch(next + o * stride + c);
+          };
+          with_constant<kFewTileRows>(N - n, [&](auto kRows) {
+            few_rows_tile<kRows, kOut>(
+                x_N + n, i, w, stride, columns, fetch, sums + n * kFewTileOutputs);
+          });
+        }
+      }
+    });
+    for (int64_t n = 0; n < N; ++n) {
+      for (int64_t o = 0; o < outputs; ++o) y_N[n][o0 + o] = sum(sums[n * kFewTileOutputs + o]);
+    }
+  }
+}
+
+// Whole vectors, w_o being `ranks` of them.
+template <class W, class S>
+INLINE Vec<S> few_rows_dot(const S* a, const W* w_o, int64_t ranks) {
+  Vec<S> sum{};
+  for (int64_t r = 0; r < ranks; r += kWidth<S>) sum = load(a + r) * load(w_o + r) + sum;
+  return sum;
+}
+
+// y_N[n][o] += <a_N[n], w_OR[o]>; R is a multiple of kWidth.
+template <class W, class S>
+void few_rows_expand(
+    const S* const* a_N, int64_t N, const W* w_OR, int64_t O, int64_t R, S* const* y_N) {
+  constexpr int kW = kWidth<S>;
+  int64_t o = 0;
+  for (; o + kW <= O; o += kW) {
+    for (int64_t n = 0; n < N; ++n) {
+      Vec<S> sums[kW];
+      for (int i = 0; i < kW; ++i) sums[i] = few_rows_dot(a_N[n], w_OR + (o + i) * R, R);
+      transpose_vectors<S>(sums);
+      for (int width = kW / 2; width > 0; width /= 2) {
+        for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
+      }
+      store(y_N[n] + o, load(y_N[n] + o) + sums[0]);
+    }
+  }
+  for (; o < O; ++o) {
+    for (int64_t n = 0; n < N; ++n) y_N[n][o] += sum(few_rows_dot(a_N[n], w_OR + o * R, R));
+  }
+}
+
+}  // namespace mixlora::MIXLORA_ISA
