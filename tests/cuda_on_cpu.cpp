@@ -9,7 +9,9 @@
 //   - an address is not a multiple of the size of what is loaded or stored,
 //   - shared memory is accessed while a copy to it is under way: copies land when they are waited
 //     for, at the latest possible time.
-// In other builds (AddressSanitizer) nothing calls them.
+// In other builds nothing calls them: AddressSanitizer and ThreadSanitizer look for themselves. The
+// latter, with ON_CPU_TSAN, is told that each thread is one, a fiber, and that barriers alone order
+// what they do.
 
 #include "cuda_on_cpu.h"
 
@@ -60,6 +62,22 @@ on_cpu_switch:
 .size on_cpu_switch, .-on_cpu_switch
 )");
 
+#if defined(ON_CPU_TSAN)
+extern "C" {
+void* __tsan_get_current_fiber();
+void* __tsan_create_fiber(unsigned flags);
+void __tsan_destroy_fiber(void* fiber);
+void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+void __tsan_acquire(void* place);
+void __tsan_release(void* place);
+void __tsan_ignore_thread_begin();
+void __tsan_ignore_thread_end();
+void __tsan_read_range(void* p, unsigned long bytes);
+void __tsan_write_range(void* p, unsigned long bytes);
+int __tsan_atomic32_fetch_add(volatile int* p, int x, int order);
+}
+#endif
+
 // Where this library lies in memory: what is there is not the GPU's.
 extern "C" __attribute__((visibility("hidden"))) const char __ehdr_start, _end;
 
@@ -93,6 +111,7 @@ struct Thread {
   uint32_t num_barriers, num_warp_barriers;
   std::vector<Copy> copies;
   int num_groups;  // of copies that it has committed
+  void* fiber;     // ThreadSanitizer's; null: not seen
 };
 
 struct Array {
@@ -145,6 +164,12 @@ bool under_way[kArenaBytes / kCellBytes];  // a copy to this cell
 std::map<std::string, Count> counts;
 Count* count;
 
+#if defined(ON_CPU_TSAN)
+void* host_fiber;
+char end_of_launch;
+void switch_to_fiber(void* fiber) { __tsan_switch_to_fiber(fiber, 1); }  // 1: without an order
+#endif
+
 std::string text(const dim3& index) {
   std::ostringstream text;
   text << "(" << index.x << ", " << index.y << ", " << index.z << ")";
@@ -154,6 +179,9 @@ std::string text(const dim3& index) {
 void switch_to(Thread& thread) {
   current = &thread;
   threadIdx = thread.index;
+#if defined(ON_CPU_TSAN)
+  if (thread.fiber) switch_to_fiber(thread.fiber);
+#endif
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack;
   const char* stack = stacks + (&thread - threads) * kStackBytes;
@@ -176,6 +204,9 @@ void wait(State state, int line) {
   Thread& thread = *current;
   thread.state = state;
   thread.line = line;
+#if defined(ON_CPU_TSAN)
+  if (thread.fiber) switch_to_fiber(host_fiber);
+#endif
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack;
   __sanitizer_start_switch_fiber(&fake_stack, host_stack, host_stack_bytes);
@@ -192,6 +223,9 @@ void thread_main() {
 #endif
   thread_function(thread_context);
   if (!current->copies.empty()) fail("a thread ends without waiting for its copies");
+#if defined(ON_CPU_TSAN)
+  if (current->fiber) __tsan_release(&end_of_launch);
+#endif
   wait(State::kDone, 0);
 }
 
@@ -289,14 +323,65 @@ void finish_barrier() {
   }
 }
 
-void run_block() {
-  ++block_number;
-  arrays.clear();
-  arena_used = kGap;
+char* new_memory(int64_t bytes) {
+  return static_cast<char*>(mmap(
+      nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+}
+
+#if defined(ON_CPU_TSAN)
+constexpr int64_t kPlacesBytes = 4096;
+constexpr uint32_t kSeenBlocks = 2;  // of a launch: a fiber takes a millisecond
+int64_t* places;
+
+// What the others do before they come to a barrier is done before this thread goes on. A place is
+// the block's or a warp's. Each has two, in turn: nobody is two barriers ahead.
+template <class Wait>
+void wait_in_order(int place, uint32_t num_before, const Wait& wait) {
+  int64_t* const p = places + 2 * place + num_before % 2;
+  const bool seen = current->fiber;
+  if (seen) __tsan_release(p);
+  wait();
+  if (seen) __tsan_acquire(p);
+}
+
+// Blocks have no order: nothing is theirs that was another's before.
+void begin_block() {
+  stacks = new_memory(num_threads * kStackBytes);
+  arena = new_memory(kArenaBytes);
+  places = reinterpret_cast<int64_t*>(new_memory(kPlacesBytes));
+  for (int i = 0; i < num_threads; ++i) {
+    prepare(threads[i], i);
+    const bool seen = block_number < first_block_of_launch + kSeenBlocks;
+    threads[i].fiber = seen ? __tsan_create_fiber(0) : nullptr;
+  }
+}
+void end_block() {
+  for (int i = 0; i < num_threads; ++i) {
+    if (threads[i].fiber) __tsan_destroy_fiber(threads[i].fiber);
+  }
+  munmap(stacks, num_threads * kStackBytes);
+  munmap(arena, kArenaBytes);
+  munmap(places, kPlacesBytes);
+}
+#else
+void begin_block() {
+  if (!stacks) {
+    stacks = new_memory(kMaxThreads * kStackBytes);
+    arena = new_memory(kArenaBytes);
+  }
 #if defined(__SANITIZE_ADDRESS__)
   ASAN_POISON_MEMORY_REGION(arena, kArenaBytes);
 #endif
   for (int i = 0; i < num_threads; ++i) prepare(threads[i], i);
+}
+void end_block() {}
+#endif
+
+void run_block() {
+  ++block_number;
+  arrays.clear();
+  arena_used = kGap;
+  begin_block();
   while (threads[0].state != State::kDone) {
     std::vector<int> warps((num_threads + kLanes - 1) / kLanes);
     std::iota(warps.begin(), warps.end(), 0);
@@ -306,6 +391,7 @@ void run_block() {
     }
     finish_barrier();
   }
+  end_block();
 }
 
 std::string name_of_kernel(const std::string& start) {
@@ -317,6 +403,18 @@ std::string name_of_kernel(const std::string& start) {
   return name;
 }
 
+int64_t cell_behind(int64_t bytes) { return (bytes + kCellBytes - 1) / kCellBytes; }
+
+#if defined(ON_CPU_TSAN)
+struct InRuntime {
+  InRuntime() { __tsan_ignore_thread_begin(); }
+  ~InRuntime() { __tsan_ignore_thread_end(); }
+};
+
+void enter(void* p, int64_t bytes, bool write) {
+  write ? __tsan_write_range(p, bytes) : __tsan_read_range(p, bytes);
+}
+#else
 Access this_access(bool atomic) {
   return {block_number,
           static_cast<uint16_t>(current - threads),
@@ -356,8 +454,6 @@ bool enter(Cell& cell, bool write, bool atomic) {
   cell.readers[0] = now;
   return before.block != now.block;
 }
-
-int64_t cell_behind(int64_t bytes) { return (bytes + kCellBytes - 1) / kCellBytes; }
 
 void enter_shared(char* p, int64_t bytes, bool write, bool atomic) {
   const auto around = [&](const Array& x) {
@@ -415,6 +511,7 @@ void enter(void* p, int64_t bytes, bool write, bool atomic = false) {
   if (within(&__ehdr_start, &_end - &__ehdr_start)) return;
   enter_global(reinterpret_cast<uintptr_t>(p), bytes, write, atomic);
 }
+#endif
 
 }  // namespace
 
@@ -517,8 +614,12 @@ void read_shared(void* to, const void* from, int64_t bytes) {
 void count_mma() { ++count->mmas; }
 
 int atomic_add(int* p, int x) {
+#if defined(ON_CPU_TSAN)
+  return __tsan_atomic32_fetch_add(p, x, __ATOMIC_RELAXED);
+#else
   enter(p, sizeof(int), true, true);
   return std::exchange(*p, *p + x);
+#endif
 }
 
 void run(const std::string& start,
@@ -535,18 +636,6 @@ void run(const std::string& start,
     error = "invalid configuration argument";
     return;
   }
-  if (!stacks) {
-    const auto new_memory = [](int64_t bytes) {
-      return static_cast<char*>(mmap(nullptr,
-                                     bytes,
-                                     PROT_READ | PROT_WRITE,
-                                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                                     -1,
-                                     0));
-    };
-    stacks = new_memory(kMaxThreads * kStackBytes);
-    arena = new_memory(kArenaBytes);
-  }
   frame = static_cast<char*>(__builtin_frame_address(0));
   gridDim = grid;
   blockDim = block;
@@ -560,6 +649,10 @@ void run(const std::string& start,
   first_block_of_launch = block_number + 1;
   failure.clear();
   in_runtime = false;
+#if defined(ON_CPU_TSAN)
+  host_fiber = __tsan_get_current_fiber();
+  const InRuntime guard;  // what the threads do is seen, what the host does for them is not
+#endif
   try {
     for (int64_t b : all_in_order(0, num_blocks)) {
       blockIdx = {static_cast<unsigned>(b % grid.x),
@@ -570,14 +663,30 @@ void run(const std::string& start,
   } catch (const std::runtime_error& failed) {
     error = name + ", block " + text(blockIdx) + ": " + failed.what();
   }
+#if defined(ON_CPU_TSAN)
+  __tsan_acquire(&end_of_launch);
+#endif
 }
 
 }  // namespace on_cpu
 
+#if defined(ON_CPU_TSAN)
+void __syncthreads(int line) {
+  using namespace on_cpu;
+  wait_in_order(0, current->num_barriers, [&] { wait(State::kBarrier, line); });
+}
+void __syncwarp(uint32_t mask, int line) {
+  using namespace on_cpu;
+  wait_in_order(1 + (current - threads) / kLanes, current->num_warp_barriers, [&] {
+    collective(mask, line, nullptr, nullptr, nullptr);
+  });
+}
+#else
 void __syncthreads(int line) { on_cpu::wait(on_cpu::State::kBarrier, line); }
 void __syncwarp(uint32_t mask, int line) {
   on_cpu::collective(mask, line, nullptr, nullptr, nullptr);
 }
+#endif
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -599,6 +708,7 @@ EXPORT const char* on_cpu_counts() {
   return (said = lines.str()).c_str();
 }
 
+#if !defined(ON_CPU_TSAN)
 extern "C" {
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
@@ -619,3 +729,4 @@ HOOKS(4)
 HOOKS(8)
 HOOKS(16)
 }
+#endif

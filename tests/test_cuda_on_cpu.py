@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.bench_ops import OPS as EVERY_OP
 from mixlora import _C, ops
 from tests.cuda_on_cpu import (
     CXX,
@@ -23,8 +24,9 @@ from tests.cuda_on_cpu import (
     counts,
     cuda_on_cpu,
 )
-from tests.kernels import poisoned
+from tests.kernels import assert_same_bits, poisoned
 from tests.numerics import assert_close, assert_close_to_ref64
+from tests.test_gpu import inputs, results, sizes_of
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"CUDA kernels on the CPU: {MISSING}")
 *OTHERS, USUAL = ORDERS
@@ -103,6 +105,18 @@ def test_edges_of_the_router(T: int, E: int, K: int, order: str) -> None:
     )
     for a, b, b64 in zip(found, ref, ref64, strict=True):
         assert_close_to_ref64(a, b, b64)
+
+
+@pytest.mark.parametrize("T", [63, pytest.param(65, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("op", EVERY_OP)
+def test_no_order_of_threads_changes_a_bit(op: str, T: int) -> None:
+    sizes, plan = sizes_of(T)
+    tensors, found = inputs(op, sizes, torch.bfloat16), []
+    for order in ORDERS:
+        with cuda_on_cpu(order), poisoned():
+            found.append(results(op, plan, tensors, "cpu"))
+    assert_same_bits(found[1], found[0])
+    assert_same_bits(found[2], found[0])
 
 
 @pytest.mark.parametrize("E, K", [(2, 12), (64, 6), (300, 2)])

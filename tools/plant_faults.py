@@ -81,10 +81,10 @@ def run_tests(tree: Path, op: str, cuda: bool = False) -> tuple[bool, str]:
 
 def try_fault(tree: Path, fault: Fault) -> tuple[str, str]:
     with Planted(tree, fault.file, fault.old, fault.new):
-        done = build(tree)
-        if done.returncode:
+        cuda = fault.file.endswith((".cu", ".cuh"))
+        if not cuda and build(tree).returncode:
             return NOT_BUILT, ""
-        passes, test = run_tests(tree, fault.op, fault.file.endswith((".cu", ".cuh")))
+        passes, test = run_tests(tree, fault.op, cuda)
     if test == NOT_BUILT:
         return NOT_BUILT, ""
     return ("SURVIVED", "") if passes else ("caught", test)

@@ -6,7 +6,8 @@ for each sanitizer, which must report it; without the fault none may report anyt
 python tools/sanitize.py            all
 python tools/sanitize.py memory     the tests of the kernels, under the first two
 python tools/sanitize.py cuda       of them those of the CUDA kernels, executed on the CPU
-python tools/sanitize.py threads    tests/threads.cpp, under the last
+python tools/sanitize.py threads    tests/threads.cpp, under the last: the CPU's kernels, and the
+                                    CUDA kernels, each of whose threads it takes for one
 """
 
 import os
@@ -25,9 +26,9 @@ MEMORY_FLAGS = (
 # What torch does with an operator's schema takes long here and runs no kernel in a new way.
 TESTS = ["tests/ops", "tests/layers", "-k", "not opcheck and not compile and not random"]
 CUDA_TESTS = ["tests/test_cuda_on_cpu.py", "tests/ops", "-k", "(random and not opcheck) or edges"]
-NINJA = """builddir = build
+NINJA = """builddir = {folder}
 rule compile
-  command = {cxx} -std=c++20 -O1 -g -fsanitize=thread -MMD -MF $out.d -Icsrc {flags} -c $in -o $out
+  command = {cxx} -std=c++20 -g -MMD -MF $out.d -Icsrc -Itests {flags} $flags -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
@@ -63,6 +64,18 @@ RACE = (
     "csrc/topk_router/topk_router_cpu.cpp",
     "chunk_sums + begin / kChunk * num_sums",
     "chunk_sums",
+    "ThreadSanitizer: data race",
+)
+CUDA_RACE = (
+    "csrc/moe_sort/moe_sort_cuda.cu",
+    "place += count; } } __syncthreads();",
+    "place += count; } }",
+    "ThreadSanitizer: data race",
+)
+CUDA_RACE_OF_COPIES = (
+    "csrc/grouped_shrink/tiles.cuh",
+    "__syncthreads();  // all see this step's tiles, and have read those that are overwritten now",
+    "",
     "ThreadSanitizer: data race",
 )
 
@@ -103,20 +116,26 @@ def run_tests(tests: list[str], show: bool = False) -> tuple[int, str]:
     return run([*pytest, *tests], show, **environment)
 
 
-def run_threads(show: bool = False) -> tuple[int, str]:
+def run_threads(show: bool = False, cuda: bool = False) -> tuple[int, str]:
     isa = best_isa()
     flags = f"{ISA_FLAGS[isa]} -DMIXLORA_ISA=cpu_{isa} '-DMIXLORA_ONLY_ISA=\"{isa}\"'"
-    sources = [*TREE.glob("csrc/*/*_cpu.cpp"), TREE / "tests/threads.cpp"]
-    objects = {path.relative_to(TREE): f"build/threads/{path.stem}.o" for path in sources}
-    text = NINJA.format(cxx=CXX, flags=flags)
-    text += "".join(f"build {o}: compile {source}\n" for source, o in objects.items())
-    text += f"build build/threads/all: link {' '.join(objects.values())}\n"
-    (TREE / "build").mkdir(exist_ok=True)
-    (TREE / "build/threads.ninja").write_text(text)
-    status, said = run([sys.executable, "-m", "ninja", "-f", "build/threads.ninja"])
+    flags += " -DMIXLORA_CUDA_ON_CPU" if cuda else ""
+    seen = [TREE / "tests/threads.cpp", *TREE.glob(f"csrc/*/*_{'cuda.cu' if cuda else 'cpu.cpp'}")]
+    jobs = {source: "-O1 -fsanitize=thread -xc++" for source in seen}
+    if cuda:  # what it does for the threads is not theirs
+        jobs[TREE / "tests/cuda_on_cpu.cpp"] = "-O2 -DON_CPU_TSAN"
+    folder = f"build/threads_{'cuda' if cuda else 'cpu'}"
+    text = NINJA.format(folder=folder, cxx=CXX, flags=flags)
+    for source, more in jobs.items():
+        text += f"build {folder}/{source.stem}.o: compile {source.relative_to(TREE)}\n"
+        text += f" flags = {more}\n"
+    text += f"build {folder}/all: link {' '.join(f'{folder}/{x.stem}.o' for x in jobs)}\n"
+    (TREE / folder).mkdir(parents=True, exist_ok=True)
+    (TREE / folder / "build.ninja").write_text(text)
+    status, said = run([sys.executable, "-m", "ninja", "-f", f"{folder}/build.ninja"])
     if status:
         sys.exit(said[-4000:])
-    return run(["build/threads/all"], show, TSAN_OPTIONS="halt_on_error=1")
+    return run([f"{folder}/all"], show, TSAN_OPTIONS="halt_on_error=1")
 
 
 def must_report(fault: tuple[str, str, str, str], run_with_it) -> None:
@@ -140,6 +159,9 @@ def main(kinds: list[str]) -> None:
     if "threads" in kinds:
         must_report(RACE, run_threads)
         must_be_silent("ThreadSanitizer", run_threads(show=True))
+        for fault in (CUDA_RACE, CUDA_RACE_OF_COPIES):
+            must_report(fault, lambda: run_threads(cuda=True))
+        must_be_silent("ThreadSanitizer, CUDA kernels", run_threads(show=True, cuda=True))
     if "cuda" in kinds:
         for fault in (CUDA_OUT_OF_BOUNDS, CUDA_SHARED_OUT_OF_BOUNDS):
             op = fault[0].split("/")[1]

@@ -81,6 +81,20 @@ def test_gradcheck(sizes: list[int], tail: int, R: int, I: int, O: int) -> None:
         )
 
 
+@pytest.mark.parametrize("dtype, large", [(torch.bfloat16, 256.0), (torch.float16, 2048.0)])
+def test_between_the_products_is_fp32(dtype: torch.dtype, large: float) -> None:
+    """large + 1 is no number of the dtype; it is z, and dz, whose other rank takes large away."""
+    start_G1 = torch.tensor([0, 1], dtype=torch.int32)
+    one = torch.tensor([[[1.0, 1.0], [1.0, 0.0]]], dtype=dtype)
+    less = torch.tensor([[[1.0, -1.0]]], dtype=dtype)
+    x_NI = torch.tensor([[large, 1.0]], dtype=dtype)
+    assert ops.grouped_lora(x_NI, one, less, start_G1, 1.0) == 1
+    tensors = [torch.ones(1, 1, dtype=dtype), less.mT.contiguous(), one]
+    leaves = [x.requires_grad_() for x in tensors]
+    y_NO = ops.grouped_lora(*leaves, start_G1, 1.0)
+    assert torch.autograd.grad(y_NO, leaves[0], x_NI)[0] == 1
+
+
 # Below, at and beyond each block and tile: 48 rows, 16 ranks, 256 columns; 64 terms, 96 columns.
 SIZES = {
     "one of each": ([1], 0, 1, 1, 1),
@@ -130,6 +144,8 @@ def test_edges(N: int, R: int) -> None:
     ref64 = results(ops.grouped_lora_ref, wide, start_G1, dy_NO.double())
     for values, factor in zip(zip(found, ref, ref64, strict=True), (2, 3, 3, 3), strict=True):
         assert_close_to_ref64(*values, factor=factor)
+        if dtype != torch.float32:  # one rounding: fp32 inside
+            assert_close(values[0].double(), values[2], rel=torch.finfo(dtype).eps)
 
 
 def test_non_contiguous() -> None:

@@ -173,8 +173,9 @@ def test_against_reference(
 @both
 def test_edges(op: str, T: int, R: int) -> None:
     load = ("uniform", "one pair", "empty slots", "some empty")[(T + R) % 4]
-    dtype, I = DTYPES[1:][(T + R) % 3], 72 if T % 2 else 67
-    plan, tensors = some_plan(T, 2, 5, load), inputs(op, T, 2, 5, R, I, dtype)
+    dtype, I = DTYPES[1:][(T + R) % 3], 300 if R == 1 else 72 if T % 2 else 67
+    K, E = 2 if load == "one pair" else 1 + (T + R // 4) % 8, 40 if R == 4 else 9
+    plan, tensors = some_plan(T, K, E, load), inputs(op, T, K, E, R, I, dtype)
     with poisoned():
         found = results(native(op), plan, *tensors)
     ref = results(reference(op), plan, *tensors)

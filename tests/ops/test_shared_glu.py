@@ -312,6 +312,11 @@ EDGES = [
     (257, 2, 8, "zipf", 24, 1),
     (20, 2, 64, "uniform", 20, 5),
     (5, 2, 3, "uniform", 16, 72),
+    (130, 2, 5, "one pair", 24, 8),
+    (9, 4, 6, "some empty", 33, 7),
+    (9, 5, 6, "empty slots", 33, 8),
+    (5, 6, 8, "uniform", 9, 4),
+    (5, 7, 9, "empty slots", 40, 2),
 ]
 
 
@@ -459,7 +464,14 @@ def dora(E: int, F: int, sides: str, bias: bool, dtype=torch.float64) -> dict[st
 @pytest.mark.parametrize("sides", ["gate", "up", "gate up"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_dora(T: int, K: int, E: int, load: str, sides: str, bias: bool) -> None:
-    plan = some_plan(T, K, E, load)
+    compare_dora(some_plan(T, K, E, load), E, sides, bias)
+
+
+def test_dora_of_both_sides() -> None:
+    compare_dora(some_plan(24, 3, 5, "empty slots"), 5, "gate up", bias=True)
+
+
+def compare_dora(plan: ops.Plan, E: int, sides: str, bias: bool) -> None:
     tensors = inputs(plan, E)
     results = []
     for op in (ops.shared_glu, ops.shared_glu_ref):
