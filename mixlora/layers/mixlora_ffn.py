@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mixlora.layers.context import ForwardContext, Span
+from mixlora.layers.context import ForwardContext, Sequences, Span, put_together
 from mixlora.layers.lora import Linear, LoraPair, of_dropped, rescale
 from mixlora.layers.router import Router
 from mixlora.ops import (
@@ -30,7 +30,7 @@ from mixlora.ops import (
     moe_sort,
     shared_glu,
 )
-from mixlora.ops.philox import draw_seed
+from mixlora.ops.philox import seed_tensor
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 Finish = Callable[[Tensor], Tensor]  # W2 h + b2, rows as in h -> y_TD
@@ -59,14 +59,13 @@ class FeedForward(nn.Module):
         hidden, finishes = zip(*parts, strict=True)
         h_NF = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
         y_ND = linear(h_NF, self.down_proj.weight, self.down_proj.bias)
-        if len(parts) == 1:
-            return finishes[0](y_ND).view_as(x_BSD)
         ends = list(itertools.accumulate(map(len, hidden), initial=0))
-        finished = [
-            finish(y_ND[start:end])
-            for finish, (start, end) in zip(finishes, itertools.pairwise(ends), strict=True)
-        ]
-        return torch.cat(finished).view_as(x_BSD)
+        whole = len(parts) == 1
+        S, finished = x_BSD.shape[1], []
+        for i, (span, finish) in enumerate(zip(context.spans, finishes, strict=True)):
+            y_TD = finish(y_ND if whole else y_ND[ends[i] : ends[i + 1]])
+            finished.append(y_TD.unflatten(0, (span.end - span.start, span.length or S)))
+        return put_together(finished, S)
 
     def _hidden(
         self, span: Span, x_BSD: Tensor, gate_BSF: Tensor, up_BSF: Tensor, context: ForwardContext
@@ -80,7 +79,7 @@ class FeedForward(nn.Module):
             sequences = context.sequences(span, self)
             routing = mixture.moe_gate(x_TD, sequences)
             context.routing.setdefault((span, self), routing)
-            return mixture(self, x_TD, gate_TF, up_TF, routing)
+            return mixture(self, x_TD, gate_TF, up_TF, routing, sequences)
         if torch.is_grad_enabled():  # cheap to repeat: what is kept for backward is gate and up
             options = {"use_reentrant": False, "preserve_rng_state": False}
             h_TF = checkpoint(self._glu, gate_TF, up_TF, **options)
@@ -121,37 +120,44 @@ class MixLora(nn.Module):
             self.scaling, self.dropout = experts.scaling, experts.dropout
 
     def forward(
-        self, ffn: FeedForward, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
+        self,
+        ffn: FeedForward,
+        x_TD: Tensor,
+        gate_TF: Tensor,
+        up_TF: Tensor,
+        routing: Routing,
+        sequences: Sequences,
     ) -> tuple[Tensor, Finish]:
         """(h_NF, finish): y = finish(W2 h + b2). gate and up are W1 x + b1 and W3 x + b3."""
         plan = moe_sort(routing.expert_TK, self.num_experts)
-        a_gate_TKR, a_up_TKR = self._shrink(x_TD, plan)
+        a_gate_TKR, a_up_TKR = self._shrink(x_TD, plan, sequences)
         is_routed = self.down_proj is not None and self.down_proj.lora_magnitude_vector is not None
         path = self._routed if is_routed else self._shared
-        h_NF, finish = path(ffn, gate_TF, up_TF, a_gate_TKR, a_up_TKR, plan, routing.weight_TK)
-        return h_NF, lambda y_ND: self._with_skipped(finish(y_ND), x_TD, routing.skip_T)
+        inputs = gate_TF, up_TF, a_gate_TKR, a_up_TKR
+        h_NF, finish = path(ffn, *inputs, plan, routing.weight_TK, sequences)
+        return h_NF, lambda y_ND: self._with_skipped(finish(y_ND), x_TD, routing.skip_T, sequences)
 
-    def _shrink(self, x_TD: Tensor, plan: Plan) -> list[Tensor | None]:
+    def _shrink(self, x_TD: Tensor, plan: Plan, sequences: Sequences) -> list[Tensor | None]:
         """A1 x and A3 x, for the experts of each token."""
         p = self.dropout if self.training else 0.0
         pairs = self.gate_proj, self.up_proj
         lora_as = [pair and pair.lora_A.to(x_TD.dtype) for pair in pairs]
         if self.dropout_masks == "shared" or not p:
-            return of_dropped(shrink_all, p, x_TD, plan, *lora_as)
+            return of_dropped(shrink_all, p, sequences, x_TD, plan, *lora_as)
         rows, x_ND = rows_as_tokens(plan), moe_gather(x_TD, plan)
         row_TK = plan.slot_row_TK.clamp_min(0).long()
         return [
-            None if a is None else of_dropped(grouped_shrink, p, x_ND, a, rows)[row_TK, 0]
+            a if a is None else of_dropped(grouped_shrink, p, sequences, x_ND, a, rows)[row_TK, 0]
             for a in lora_as
         ]
 
     def _hidden(
-        self, ffn, gate_TF, up_TF, a_gate_TKR, a_up_TKR, plan, weight_TK
+        self, ffn, gate_TF, up_TF, a_gate_TKR, a_up_TKR, plan, weight_TK, sequences
     ) -> tuple[Tensor, Tensor | None]:
         """sum_k g_k h_k [T, F], and A2 h_k [T, K, R]."""
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         p = self.dropout if self.training else 0.0
-        seed = draw_seed(gate_TF.device) if p else None
+        seed = seed_tensor(sequences.seed(), gate_TF.device) if p else None
         return shared_glu(
             *(gate_TF, up_TF, a_gate_TKR, a_up_TKR),
             *(gate and gate.lora_B, up and up.lora_B, down and down.lora_A),
@@ -163,11 +169,11 @@ class MixLora(nn.Module):
         )
 
     def _shared(
-        self, ffn, gate_TF, up_TF, a_gate_TKR, a_up_TKR, plan, weight_TK
+        self, ffn, gate_TF, up_TF, a_gate_TKR, a_up_TKR, plan, weight_TK, sequences
     ) -> tuple[Tensor, Finish]:
         """W2 once per token, on sum_k g_k h_k."""
         inputs = gate_TF, up_TF, a_gate_TKR, a_up_TKR
-        hbar_TF, z_TKR = self._hidden(ffn, *inputs, plan, weight_TK)
+        hbar_TF, z_TKR = self._hidden(ffn, *inputs, plan, weight_TK, sequences)
         delta_TD = None
         if self.down_proj is not None:
             scaled_TKR = z_TKR * (self.scaling * weight_TK[..., None])
@@ -184,7 +190,7 @@ class MixLora(nn.Module):
         return hbar_TF, finish
 
     def _routed(
-        self, ffn, gate_TF, up_TF, a_gate_TKR, a_up_TKR, plan, weight_TK
+        self, ffn, gate_TF, up_TF, a_gate_TKR, a_up_TKR, plan, weight_TK, sequences
     ) -> tuple[Tensor, Finish]:
         """W2 on each h_k: a row of an expert is a token with one slot."""
         rows = rows_as_tokens(plan)
@@ -195,7 +201,7 @@ class MixLora(nn.Module):
             for a in (a_gate_TKR, a_up_TKR)
         ]
         ones_N1 = weight_TK.new_ones(rows.expert_TK.shape)
-        h_NF, z_N1R = self._hidden(ffn, gate_NF, up_NF, *a_N1R, rows, ones_N1)
+        h_NF, z_N1R = self._hidden(ffn, gate_NF, up_NF, *a_N1R, rows, ones_N1, sequences)
         delta_ND = self.down_proj.expand((self.scaling * z_N1R).to(h_NF.dtype), rows)
 
         def finish(y_ND: Tensor) -> Tensor:
@@ -205,11 +211,13 @@ class MixLora(nn.Module):
 
         return h_NF, finish
 
-    def _with_skipped(self, y_TD: Tensor, x_TD: Tensor, skip_T: Tensor | None) -> Tensor:
+    def _with_skipped(
+        self, y_TD: Tensor, x_TD: Tensor, skip_T: Tensor | None, sequences: Sequences
+    ) -> Tensor:
         if skip_T is not None:
             y_TD = y_TD + skip_T[:, None].to(x_TD.dtype) * x_TD
         p = getattr(self.moe_gate, "ffn_dropout", 0.0) if self.training else 0.0
-        return dropout(y_TD, p, draw_seed(y_TD.device)) if p else y_TD
+        return dropout(y_TD, p, seed_tensor(sequences.seed(), y_TD.device)) if p else y_TD
 
 
 def shrink_all(x_TD: Tensor, plan: Plan, *lora_as: Tensor | None) -> list[Tensor | None]:

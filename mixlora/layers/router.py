@@ -39,12 +39,13 @@ class Router(nn.Module, abc.ABC):
     def init_weight(self, router_init_range: float) -> None:
         nn.init.normal_(self.weight, std=router_init_range)
 
-    def logits(self, x_TD: Tensor) -> Tensor:
+    def logits(self, x_TD: Tensor, sequences: Sequences) -> Tensor:
         wide = torch.promote_types(self.weight.dtype, torch.float32)  # also in a model cast to bf16
         x_TD = x_TD.to(wide)
         if self.training and self.jitter_noise:  # on a copy: the experts see x itself
             low, high = 1 - self.jitter_noise, 1 + self.jitter_noise
-            x_TD = x_TD * torch.empty_like(x_TD).uniform_(low, high)
+            generator = torch.Generator(x_TD.device).manual_seed(sequences.seed())
+            x_TD = x_TD * torch.empty_like(x_TD).uniform_(low, high, generator=generator)
         return x_TD @ self.weight.to(wide).T
 
     @abc.abstractmethod
@@ -67,7 +68,9 @@ class TopKRouter(Router):
         self.top_k = top_k
 
     def forward(self, x_TD: Tensor, sequences: Sequences) -> Routing:
-        return topk_router(self.logits(x_TD), self.top_k, sequences.mask_T, sequences.chosen_TK)
+        return topk_router(
+            self.logits(x_TD, sequences), self.top_k, sequences.mask_T, sequences.chosen_TK
+        )
 
 
 class TopPRouter(Router):
@@ -90,7 +93,7 @@ class TopPRouter(Router):
         self.top_p, self.temperature = top_p, temperature
 
     def forward(self, x_TD: Tensor, sequences: Sequences) -> Routing:
-        logits_TE = self.logits(x_TD)
+        logits_TE = self.logits(x_TD, sequences)
         prob_TE = logits_TE.softmax(-1)
         tempered_TE = prob_TE / self.temperature if self.temperature else prob_TE
         expert_TK = sequences.chosen_TK
@@ -130,7 +133,7 @@ class SwitchRouter(Router):
         self.expert_capacity, self.ffn_dropout = expert_capacity, ffn_dropout
 
     def forward(self, x_TD: Tensor, sequences: Sequences) -> Routing:
-        logits_TE = self.logits(x_TD)
+        logits_TE = self.logits(x_TD, sequences)
         prob_TE = logits_TE.softmax(-1)
         expert_T1 = prob_TE.detach().argmax(-1, keepdim=True)
         kept_T1 = sequences.chosen_TK
@@ -167,7 +170,7 @@ class DenseRouter(PluggedRouter):
         super().__init__(in_features, num_experts, router_init_range)
 
     def forward(self, x_TD: Tensor, sequences: Sequences) -> Routing:
-        logits_TE = self.logits(x_TD)
+        logits_TE = self.logits(x_TD, sequences)
         prob_TE = logits_TE.softmax(-1)
         expert_E = torch.arange(self.num_experts, dtype=torch.int32, device=x_TD.device)
         expert_TK = expert_E.expand_as(prob_TE)
