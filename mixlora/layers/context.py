@@ -108,6 +108,21 @@ class Sequences:
         return place_BSE.flatten(0, 1)
 
 
+def split(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """Neighbouring rows of x, which may be overwritten: nobody needs x afterwards."""
+    return [x] if len(sizes) == 1 else torch.unsafe_split_with_sizes(x, sizes)
+
+
+def rows_of(spans: Sequence[Span], x_BS: Tensor) -> list[Tensor]:
+    """Each span's part of a tensor. One step of backward for all, where slices would be one each,
+    as large as x."""
+    parts = split(x_BS, [span.end - span.start for span in spans])
+    return [
+        part if span.length in (None, part.shape[1]) else part[:, : span.length]
+        for span, part in zip(spans, parts, strict=True)
+    ]
+
+
 def put_together(parts: Sequence[Tensor], S: int) -> Tensor:
     """Spans' rows [B, S or less, D], one below the other: [B, S, D], zero where one has none."""
     parts = [x if x.shape[1] == S else F.pad(x, (0, 0, 0, S - x.shape[1])) for x in parts]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from mixlora.layers.context import ForwardContext, Sequences, Span, put_together
+from mixlora.layers.context import ForwardContext, Sequences, Span, put_together, rows_of
 from mixlora.ops import dropout, linear
 from mixlora.ops.philox import seed_tensor
 
@@ -33,8 +33,10 @@ class Linear(nn.Module):
     def forward(self, x_BSI: Tensor, context: ForwardContext) -> Tensor:
         """The frozen product once over all rows; each adapter changes its own."""
         y_BSO = linear(x_BSI, self.weight, self.bias)
+        xs, ys = rows_of(context.spans, x_BSI), rows_of(context.spans, y_BSO)
         parts = [
-            self.adapt(span, span.rows(x_BSI), span.rows(y_BSO), context) for span in context.spans
+            self.adapt(span, x_BSI, y_BSO, context)
+            for span, x_BSI, y_BSO in zip(context.spans, xs, ys, strict=True)
         ]
         return put_together(parts, x_BSI.shape[1])
 

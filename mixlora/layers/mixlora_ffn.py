@@ -7,14 +7,13 @@ The second line is exact and costs one frozen feed-forward whatever K is: see op
 With DoRA on W2 (MixDoRA) every expert scales the rows of W2 for itself, and W2 runs on each h_k.
 """
 
-import itertools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mixlora.layers.context import ForwardContext, Sequences, Span, put_together
+from mixlora.layers.context import ForwardContext, Sequences, Span, put_together, rows_of, split
 from mixlora.layers.lora import Linear, LoraPair, of_dropped, rescale
 from mixlora.layers.router import Router
 from mixlora.ops import (
@@ -55,25 +54,25 @@ class FeedForward(nn.Module):
     def _forward(self, x_BSD: Tensor, context: ForwardContext) -> Tensor:
         """Each frozen product once over all rows; each mixture works on its own rows."""
         gate_BSF, up_BSF = self.gate_proj(x_BSD, context), self.up_proj(x_BSD, context)
-        parts = [self._hidden(span, x_BSD, gate_BSF, up_BSF, context) for span in context.spans]
+        inputs = zip(*(rows_of(context.spans, x) for x in (x_BSD, gate_BSF, up_BSF)), strict=True)
+        parts = [
+            self._hidden(span, *(x.flatten(0, 1) for x in rows), context)
+            for span, rows in zip(context.spans, inputs, strict=True)
+        ]
         hidden, finishes = zip(*parts, strict=True)
         h_NF = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
         y_ND = linear(h_NF, self.down_proj.weight, self.down_proj.bias)
-        ends = list(itertools.accumulate(map(len, hidden), initial=0))
-        whole = len(parts) == 1
+        sections = split(y_ND, [len(h_NF) for h_NF in hidden])
         S, finished = x_BSD.shape[1], []
-        for i, (span, finish) in enumerate(zip(context.spans, finishes, strict=True)):
-            y_TD = finish(y_ND if whole else y_ND[ends[i] : ends[i + 1]])
-            finished.append(y_TD.unflatten(0, (span.end - span.start, span.length or S)))
+        for span, finish, y_ND in zip(context.spans, finishes, sections, strict=True):
+            finished.append(finish(y_ND).unflatten(0, (span.end - span.start, span.length or S)))
         return put_together(finished, S)
 
     def _hidden(
-        self, span: Span, x_BSD: Tensor, gate_BSF: Tensor, up_BSF: Tensor, context: ForwardContext
+        self, span: Span, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, context: ForwardContext
     ) -> tuple[Tensor, Finish]:
         """What enters W2 for a span's tokens, as many rows as it likes, and what becomes of W2's
         output."""
-        rows = (span.rows(x).flatten(0, 1) for x in (x_BSD, gate_BSF, up_BSF))
-        x_TD, gate_TF, up_TF = rows
         if span.name in self.mixtures:
             mixture = self.mixtures[span.name]
             sequences = context.sequences(span, self)
