@@ -342,6 +342,7 @@ class AdapterTraining:
             mixlora.save_adapter(self.model, self.folder / "adapter", self.name)
         else:
             tell(f"error: {self.failure}")
+        del self.parameters, self.optimizer  # the next one needs their memory
 
 
 def fine_tune(

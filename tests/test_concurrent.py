@@ -111,6 +111,7 @@ def test_together_is_one_after_the_other(settings: dict, tmp_path: Path, float64
         assert_near(both, alone, name, 1e-10)
 
 
+@pytest.mark.slow
 def test_together_is_one_after_the_other_but_for_rounding(settings: dict, tmp_path: Path) -> None:
     """In float32, by the bound that docs/config.md tells."""
     both = run(settings, tmp_path / "together")
@@ -179,6 +180,7 @@ def test_one_that_fails_stops_alone(settings: dict, tmp_path: Path, capsys, monk
         assert_near(both, alone, name, 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [{}, {"mix": 2, "plain": 2, "switch": 4}])
 def test_each_goes_on_from_its_own_step(
     settings: dict, tmp_path: Path, float64: None, stop: dict[str, int]
@@ -198,6 +200,7 @@ def test_each_goes_on_from_its_own_step(
         assert_near(whole, resumed, name, 1e-10)
 
 
+@pytest.mark.slow
 def test_together_from_one_moment_goes_on_to_the_bit(settings: dict, tmp_path: Path) -> None:
     """Equal steps and micro-batches: a stopped run and its checkpoints are of the same step."""
     settings["adapters"] = [{"name": name, "adapter": METHODS[name]} for name in METHODS]

@@ -109,13 +109,13 @@ class Sequences:
 
 
 def split(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
-    """Neighbouring rows of x, which may be overwritten: nobody needs x afterwards."""
+    """Neighbouring rows of x, which may be overwritten; backward joins them in one step, where
+    slices would be a step each, and each as large as x."""
     return [x] if len(sizes) == 1 else torch.unsafe_split_with_sizes(x, sizes)
 
 
 def rows_of(spans: Sequence[Span], x_BS: Tensor) -> list[Tensor]:
-    """Each span's part of a tensor. One step of backward for all, where slices would be one each,
-    as large as x."""
+    """Each span's part of a tensor."""
     parts = split(x_BS, [span.end - span.start for span in spans])
     return [
         part if span.length in (None, part.shape[1]) else part[:, : span.length]
