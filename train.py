@@ -10,9 +10,11 @@ One YAML file says everything (docs/config.md). A run leaves in `run.dir`:
 """
 
 import dataclasses
+import itertools
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -26,13 +28,15 @@ from mixlora import mlora_config
 from mixlora.adapter_config import AdapterConfig
 from mixlora.adapter_files import read_tensors
 from mixlora.adapters import PARTS, freeze_but, trained_parameters
+from mixlora.batches import alike, joined
 from mixlora.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from mixlora.data import DataConfig, Dataset, Order, collate, load_dataset
+from mixlora.data import Batch, DataConfig, Dataset, Order, collate, load_dataset
 from mixlora.errors import ArgumentParser, InputError, command
 from mixlora.evaluation import PROTOCOLS, evaluate, load_questions
 from mixlora.files import write_bytes, write_json
 from mixlora.layers.adapted_model import AdaptedModel
-from mixlora.metrics import MetricsLog, Progress, routing_metrics
+from mixlora.metrics import MetricsLog, Progress, routing_metrics, tell
+from mixlora.ops import Routing
 from mixlora.optim import OptimConfig, lr_at, make_optimizer, set_lr
 from mixlora.report import (
     accuracy_table,
@@ -91,6 +95,7 @@ class EvalConfig:
 @dataclass
 class RunConfig:
     dir: str
+    together: int | None = None  # adapters that train at once; None = all of them
     seed: int = 0
     overwrite: bool = False  # delete an earlier run in dir
     save_every_steps: int = 500  # the last step is always saved
@@ -100,8 +105,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 32:
             raise InputError(f"seed must be in [0, 2^32), got {self.seed}")
-        for key in ("save_every_steps", "keep_last"):
-            if getattr(self, key) < 1:
+        for key in ("together", "save_every_steps", "keep_last"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise InputError(f"{key} must be >= 1, got {getattr(self, key)}")
 
 
@@ -129,7 +134,7 @@ class TrainConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    # several adapters, trained one after the other; [] = one, named "default"
+    # several adapters; [] = one, named "default"
     adapters: list[AdapterRun] = field(default_factory=list, metadata={"inherits": INHERITED})
 
     def __post_init__(self) -> None:
@@ -167,10 +172,10 @@ def main(argv: list[str]) -> int:
     if config.run.plot:
         require_matplotlib()
     torch.manual_seed(config.run.seed)
-    questions = [
-        load_questions(r.eval.protocol, r.data.dir, r.eval.tasks, r.eval.max_rows)
+    asked_of = {
+        r.name: load_questions(r.eval.protocol, r.data.dir, r.eval.tasks, r.eval.max_rows)
         for r in config.runs()
-    ]
+    }
     device = device_of(config.model)
     model = models.load(config.model.base, getattr(torch, config.model.dtype), device)
     tokenizer = Tokenizer(model.folder, model.config.vocab_size)
@@ -186,14 +191,25 @@ def main(argv: list[str]) -> int:
     folder = open_run_folder(config, options.resume)
 
     results: dict[str, dict] = {"base": {}}
-    for run, asked in zip(config.runs(), questions, strict=True):
+    for run in config.runs():
+        asked = asked_of[run.name]
         new = {task: rows for task, rows in asked.items() if task not in results["base"]}
         results["base"] |= score(model, tokenizer, new, run.eval)
-    for run, dataset, asked in zip(config.runs(), datasets, questions, strict=True):
-        fine_tune(model, config, run, dataset, folder / run.name, options.resume)
-        results[run.name] = score(model, tokenizer, asked, run.eval)
-        mixlora.remove_adapter(model, run.name)
+    waiting = (
+        AdapterTraining(model, config, run, dataset, folder / run.name, options.resume)
+        for run, dataset in zip(config.runs(), datasets, strict=True)
+    )
+    failed = []
+    for ended in fine_tune(model, waiting, config.run.together):
+        if ended.failure is None:
+            model.active_adapter = ended.name
+            results[ended.name] = score(model, tokenizer, asked_of[ended.name], ended.run.eval)
+        else:
+            failed.append(ended.name)
+        mixlora.remove_adapter(model, ended.name)
     report(config, folder, results)
+    if failed:
+        raise InputError(f"stopped before their last step, as told above: {', '.join(failed)}")
     return 0
 
 
@@ -203,91 +219,166 @@ def score(model: AdaptedModel, tokenizer: Tokenizer, questions: dict, how: EvalC
     return evaluate(model, tokenizer, questions, how.batch_size, how.protocol)[0]
 
 
-def fine_tune(
-    model: AdaptedModel,
-    config: TrainConfig,
-    run: AdapterRun,
-    dataset: Dataset,
-    folder: Path,
-    resume: bool,
-) -> None:
-    """Train one adapter. The loss of a step is that of all its label tokens, whatever the cut."""
-    torch.manual_seed(config.run.seed)
-    begin_adapter(model, run)
-    mixlora.print_trainable_parameters(model)
-    device = next(model.parameters()).device
-    samples, batch_size = dataset.samples, run.train.batch_size
-    order = Order(dataset, run.data, batch_size, config.run.seed)
-    print(
-        f"{run.name}: {len(samples)} samples, {order.samples_per_epoch} in an epoch, "
-        f"{dataset.num_truncated} truncated, {dataset.num_skipped} skipped (no answer, or longer "
-        "than train.max_seq_len)"
-    )
-    parameters = trained_parameters(model, run.name)
-    optimizer = make_optimizer(parameters, run.optim, run.adapter.loraplus_lr_ratio)
-    num_steps = run.train.steps or run.train.epochs * order.steps_per_epoch
-    folder.mkdir(parents=True, exist_ok=True)
-    saved = checkpoints(folder / "checkpoints") if resume else []
-    first = load_checkpoint(saved[-1], model, run.name, optimizer) if saved else 0
-    if resume:
-        print(f"{run.name}: goes on after step {first} of {num_steps}")
-    log = MetricsLog(folder / "metrics.jsonl", first)
-    progress = Progress(f"train {run.name}", num_steps, "steps", first)
-    model.train()
-    model.gradient_checkpointing = run.train.gradient_checkpointing
-    model.recompute_ffn = run.train.activation == "recompute"
+class AdapterTraining:
+    """One adapter on its way: data, optimizer, schedule, log, checkpoints and random generator are
+    its own, so that it learns the same whoever is trained beside it.
 
-    for step in range(first, num_steps):
-        began = time.perf_counter()
-        chosen = [samples[i] for i in order.samples(step)]
-        micro = run.train.micro_batch_size or batch_size
+    The loss of a step is that of all its label tokens, whatever the cut into micro-batches.
+    """
+
+    def __init__(
+        self,
+        model: AdaptedModel,
+        config: TrainConfig,
+        run: AdapterRun,
+        dataset: Dataset,
+        folder: Path,
+        resume: bool,
+    ) -> None:
+        torch.manual_seed(config.run.seed)
+        begin_adapter(model, run)
+        # dropout is drawn on where the initial weights end
+        self.generator = model.generators[run.name] = torch.Generator()
+        self.generator.set_state(torch.get_rng_state())
+        mixlora.print_trainable_parameters(model, run.name)
+        self.model, self.run, self.folder = model, run, folder
+        self.name, self.save = run.name, config.run
+        self.device = next(model.parameters()).device
+        self.dataset = dataset
+        self.order = Order(dataset, run.data, run.train.batch_size, config.run.seed)
+        print(
+            f"{run.name}: {len(dataset.samples)} samples, {self.order.samples_per_epoch} in an "
+            f"epoch, {dataset.num_truncated} truncated, {dataset.num_skipped} skipped (no answer, "
+            "or longer than train.max_seq_len)"
+        )
+        self.parameters = trained_parameters(model, run.name)
+        self.optimizer = make_optimizer(self.parameters, run.optim, run.adapter.loraplus_lr_ratio)
+        self.num_steps = run.train.steps or run.train.epochs * self.order.steps_per_epoch
+        folder.mkdir(parents=True, exist_ok=True)
+        saved = checkpoints(folder / "checkpoints") if resume else []
+        of_run = model, run.name, self.optimizer, self.generator
+        self.step = load_checkpoint(saved[-1], *of_run) if saved else 0  # so many are done
+        if resume:
+            print(f"{run.name}: goes on after step {self.step} of {self.num_steps}")
+        self.log = MetricsLog(folder / "metrics.jsonl", self.step)
+        self.progress = Progress(f"train {run.name}", self.num_steps, "steps", self.step)
+        self.failure: str | None = None
+        self.begin_step()
+
+    @property
+    def has_ended(self) -> bool:
+        return self.step == self.num_steps or self.failure is not None
+
+    def begin_step(self) -> None:
+        self.began = time.perf_counter()
+        self.losses: list[torch.Tensor] = []
+        self.forwards: list[list[Routing]] = []
+        self.batches: list[Batch] = []
+        if self.has_ended:
+            return
+        chosen = [self.dataset.samples[i] for i in self.order.samples(self.step)]
+        micro = self.run.train.micro_batch_size or self.run.train.batch_size
         parts = [chosen[i : i + micro] for i in range(0, len(chosen), micro)]
-        batches = [collate(part, device, dataset.pad_id) for part in parts]
-        num_labels = sum(batch.num_labels for batch in batches)
+        self.batches = [collate(part, self.device, self.dataset.pad_id) for part in parts]
+        self.num_labels = sum(batch.num_labels for batch in self.batches)
+        self.num_tokens = sum(len(sample.tokens) for sample in chosen)
 
-        losses, forwards = [], []
-        for tokens_BS, mask_BS, labels_BS, _, positions_BS in batches:
-            loss_sum, _ = model(
-                tokens_BS, mask_BS=mask_BS, positions_BS=positions_BS, labels_BS=labels_BS
-            )
-            micro_loss = loss_sum / num_labels
-            micro_router_loss = model.router_loss() / len(batches)
-            (micro_loss + micro_router_loss).backward()
-            forwards.append(model.routing(run.name))
-            losses.append(torch.stack([micro_loss, micro_router_loss]).detach())
+    def next_batch(self) -> Batch:
+        return self.batches[len(self.losses)]
+
+    def loss(self, loss_B: torch.Tensor) -> torch.Tensor:
+        """Of the batch that was next, whose rows' losses these are: its share of the step's."""
+        loss = loss_B.sum() / self.num_labels
+        router_loss = self.model.router_loss(self.name) / len(self.batches)
+        self.forwards.append(self.model.routing(self.name))
+        self.losses.append(torch.stack([loss, router_loss]).detach())
+        return loss + router_loss
+
+    def end_micro_batch(self) -> None:
+        """Gradients are there: with those of a step's last micro-batch, a step of the optimizer."""
+        if len(self.losses) < len(self.batches):
+            return
+        optim = self.run.optim
         norm = torch.nn.utils.clip_grad_norm_(
-            parameters.values(), run.optim.max_grad_norm or float("inf")
+            self.parameters.values(), optim.max_grad_norm or float("inf")
         )
         # a GPU is waited for here, once for all of the step's losses
-        loss, router_loss = torch.stack(losses).double().sum(0).tolist()
+        loss, router_loss = torch.stack(self.losses).double().sum(0).tolist()
         if not torch.isfinite(norm):
-            raise InputError(
-                f"{run.name}: step {step + 1}: the gradient is not finite (loss {loss}); no weight "
-                f"was changed in this step, checkpoints are in {folder / 'checkpoints'}"
+            self.failure = (
+                f"{self.name}: step {self.step + 1}: the gradient is not finite (loss {loss}); no "
+                "weight was changed in this step, checkpoints are in "
+                f"{self.folder / 'checkpoints'}"
             )
-        lr = lr_at(step, num_steps, run.optim)
-        set_lr(optimizer, lr)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            return
+        lr = lr_at(self.step, self.num_steps, optim)
+        set_lr(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
-        num_tokens = sum(len(sample.tokens) for sample in chosen)
-        speed = num_tokens / (time.perf_counter() - began)
-        log.write(
-            step=step + 1,
+        self.step += 1
+        speed = self.num_tokens / (time.perf_counter() - self.began)
+        self.log.write(
+            step=self.step,
             loss=loss,
             router_loss=router_loss,
             lr=lr,
             grad_norm=norm.item(),
             tokens_per_second=round(speed, 1),
-            **routing_metrics(forwards),
+            **routing_metrics(self.forwards),
         )
-        progress.advance(loss=f"{loss:.4f}", tokens_per_s=f"{speed:.0f}")
-        if (step + 1) % config.run.save_every_steps == 0 or step + 1 == num_steps:
-            keep = config.run.keep_last
-            save_checkpoint(folder / "checkpoints", step + 1, model, run.name, optimizer, keep)
-    progress.close()
-    log.close()
-    mixlora.save_adapter(model, folder / "adapter", run.name)
+        self.progress.advance(loss=f"{loss:.4f}", tokens_per_s=f"{speed:.0f}")
+        if self.step % self.save.save_every_steps == 0 or self.step == self.num_steps:
+            save_checkpoint(
+                *(self.folder / "checkpoints", self.step, self.model, self.name),
+                *(self.optimizer, self.generator, self.save.keep_last),
+            )
+        self.begin_step()
+
+    def end(self) -> None:
+        self.progress.close()
+        self.log.close()
+        if self.failure is None:
+            mixlora.save_adapter(self.model, self.folder / "adapter", self.name)
+        else:
+            tell(f"error: {self.failure}")
+        del self.parameters, self.optimizer  # the next one needs their memory
+
+
+def fine_tune(
+    model: AdaptedModel, waiting: Iterator[AdapterTraining], together: int | None
+) -> Iterator[AdapterTraining]:
+    """Train all that wait, so many at once (None = all), and give back each when it has ended.
+
+    The next micro-batches of several adapters go through the base model as one batch.
+    """
+    model.train()
+    training = {adapter.name: adapter for adapter in itertools.islice(waiting, together)}
+    while training:
+        ended = [adapter for adapter in training.values() if adapter.has_ended]
+        for adapter in ended:
+            adapter.end()
+            yield training.pop(adapter.name)
+            training |= {adapter.name: adapter for adapter in itertools.islice(waiting, 1)}
+        if ended:
+            continue
+        for batches in alike({name: adapter.next_batch() for name, adapter in training.items()}):
+            settings = [training[name].run.train for name in batches]
+            model.gradient_checkpointing = any(x.gradient_checkpointing for x in settings)
+            model.recompute_ffn = any(x.activation == "recompute" for x in settings)
+            batch, spans = joined(batches)
+            loss_B, _ = model(
+                batch.tokens_BS,
+                mask_BS=batch.mask_BS,
+                positions_BS=batch.positions_BS,
+                adapters=spans,
+                labels_BS=batch.labels_BS,
+                by_row=True,
+            )
+            losses = [training[span.name].loss(loss_B[span.start : span.end]) for span in spans]
+            torch.stack(losses).sum().backward()
+        for adapter in training.values():
+            adapter.end_micro_batch()
 
 
 def device_of(config: ModelConfig) -> str:
@@ -337,7 +428,8 @@ def open_run_folder(config: TrainConfig, resume: bool) -> Path:
 def report(config: TrainConfig, folder: Path, results: dict) -> None:
     """The table on the screen, results.json, and the picture."""
     runs = config.runs()
-    results = {name: by_task for name, by_task in results.items() if by_task}
+    order = ["base", *(run.name for run in runs)]
+    results = {name: results[name] for name in order if results.get(name)}
     files = {task: data_file(run.data.dir, task) for run in runs for task in run.eval.tasks}
     described = {
         "protocol": runs[0].eval.protocol,

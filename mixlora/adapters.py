@@ -87,6 +87,7 @@ def remove_adapter(model: AdaptedModel, name: str = "default") -> None:
             if holder is not None and name in holder:
                 del holder[name]
     del model.adapter_configs[name]
+    model.generators.pop(name, None)
     if model.active_adapter == name:
         model.active_adapter = None
 
@@ -131,9 +132,11 @@ def freeze_but(model: AdaptedModel, name: str, parts: Sequence[str]) -> None:
         parameter.requires_grad_(trained[key])
 
 
-def print_trainable_parameters(model: AdaptedModel) -> None:
+def print_trainable_parameters(model: AdaptedModel, name: str | None = None) -> None:
+    """Of one adapter, or of all."""
     base = sum(p.numel() for key, p in model.named_parameters() if not ADAPTED.search(key))
-    for name in model.adapter_configs:
+    names = [name] if name else model.adapter_configs
+    for name in names:
         groups = dict.fromkeys(PARTS, 0)
         parameters = adapter_parameters(model, name)
         for key, parameter in parameters.items():

@@ -1,7 +1,7 @@
 """What a training run needs to go on exactly where it stopped, in a format without pickle.
 
     <run>/checkpoints/step-000123/adapter_config.json  adapter_model.safetensors   the adapter
-                                  optimizer.safetensors    AdamW's state, the random generator's
+                                  optimizer.safetensors    AdamW's state, its random generator's
                                   state.json               the number of steps done
 
 A checkpoint is written into a temporary folder that is then renamed: it is there whole or not.
@@ -43,6 +43,7 @@ def save_checkpoint(
     model: AdaptedModel,
     name: str,
     optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
     keep_last: int,
 ) -> None:
     """`step` optimizer steps are done. All but the `keep_last` newest checkpoints are deleted."""
@@ -57,7 +58,7 @@ def save_checkpoint(
         for key, parameter in trained_parameters(model, name).items()
         for moment in MOMENTS
     }
-    tensors[GENERATOR] = torch.get_rng_state()
+    tensors[GENERATOR] = generator.get_state()
     write_tensors(temporary / OPTIMIZER_FILE, tensors)
     write_json(temporary / STATE_FILE, {"step": step})
     temporary.rename(final)
@@ -67,12 +68,16 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, model: AdaptedModel, name: str, optimizer: torch.optim.Optimizer
+    path: Path,
+    model: AdaptedModel,
+    name: str,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
 ) -> int:
     """Restore adapter, optimizer and random generator; returns the number of steps done."""
     parameters = trained_parameters(model, name)
     file = TensorFile(path / OPTIMIZER_FILE)
-    wanted = {f"{key}.step": () for key in parameters} | {GENERATOR: torch.get_rng_state().shape}
+    wanted = {f"{key}.step": () for key in parameters} | {GENERATOR: generator.get_state().shape}
     for key, parameter in parameters.items():
         wanted |= {f"{key}.{moment}": parameter.shape for moment in MOMENTS[1:]}
     check_shapes(file.shapes, wanted, file.path)
@@ -83,7 +88,7 @@ def load_checkpoint(
             moment: file[f"{key}.{moment}"].to(device.get(moment, parameter.device))
             for moment in MOMENTS
         }
-    torch.set_rng_state(file[GENERATOR])
+    generator.set_state(file[GENERATOR])
     step = read_json(path / STATE_FILE).get("step")
     if type(step) is not int or step < 1:
         raise InputError(f"{path / STATE_FILE}: step must be a whole number >= 1, got {step!r}")

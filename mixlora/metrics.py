@@ -35,8 +35,14 @@ class MetricsLog:
         self._file.close()
 
 
+def tell(text: str) -> None:
+    """A line on stderr, above the bars."""
+    tqdm.write(text, file=sys.stderr)
+
+
 class Progress:
-    """A bar on a terminal, a plain line every now and then elsewhere. Goes to stderr."""
+    """A bar on a terminal, below those that are there; elsewhere a plain line every now and then.
+    Goes to stderr."""
 
     SECONDS_BETWEEN_LINES = 10.0
 

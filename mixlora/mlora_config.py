@@ -6,18 +6,18 @@
 
 They name neither the base model nor a folder, and come with the ways of the published training:
 loss on prompt and padding too, no EOS, the tail of a long text cut, one shuffle, no clipping, and
-the published evaluation. Adapters are trained one after another: how many share a batch is no
-matter.
+the published evaluation. `train_lora_simultaneously_num` is run.together: the other keys of how
+adapters share a batch do not matter.
 """
 
 from mixlora.adapter_config import LEGACY_STRATEGIES, LEGACY_TARGETS, modern
 from mixlora.config import Located
 from mixlora.errors import InputError, did_you_mean
 
+TOGETHER_KEY = "train_lora_simultaneously_num"
 SHARING_KEYS = set(
-    "train_strategy train_lora_candidate_num train_lora_simultaneously_num "
-    "inference_lora_simultaneously_num eval_lora_simultaneously_num "
-    "eval_rollback_retrying_steps".split()
+    "train_strategy train_lora_candidate_num inference_lora_simultaneously_num "
+    "eval_lora_simultaneously_num eval_rollback_retrying_steps".split()
 )
 # an adapter's key -> where it stands here; one without a dot is of `adapter`
 KEYS = {
@@ -67,15 +67,19 @@ def translate(tree: Located) -> Located:
     if not isinstance(adapters.value, list) or not adapters.value:
         raise InputError(f"{adapters.where}: lora must be a list of at least one adapter")
     cutoff, save_step = top.pop("cutoff_len", None), top.pop("save_step", None)
+    together = top.pop(TOGETHER_KEY, None)
     for key, node in top.items():
         if key not in SHARING_KEYS:
-            hint = did_you_mean(key, {*SHARING_KEYS, "cutoff_len", "save_step", "lora"})
+            known = {*SHARING_KEYS, TOGETHER_KEY, "cutoff_len", "save_step", "lora"}
+            hint = did_you_mean(key, known)
             raise InputError(f"{node.where}: unknown key '{key}'{hint}")
     runs = [_adapter(node, cutoff) for node in adapters.value]
     train = runs[0].value.get("train", Located({}, adapters.where))
     ours = {"adapters": Located(runs, adapters.where), "train": train}
     if save_step is not None:
         _put(ours, "run.save_every_steps", _steps(save_step, adapters.value[0]))
+    if together is not None:
+        _put(ours, "run.together", together)
     return Located(ours, tree.where)
 
 

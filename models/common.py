@@ -157,9 +157,14 @@ def attention_mask(
 
 
 def next_token_loss(
-    hidden_BSD: Tensor, labels_BS: Tensor, segments_BS: Tensor | None, lm_head: nn.Linear
+    hidden_BSD: Tensor,
+    labels_BS: Tensor,
+    segments_BS: Tensor | None,
+    lm_head: nn.Linear,
+    by_row: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(sum of cross-entropies in fp32, number of labels); the label at s is predicted from s - 1.
+    """(sum of cross-entropies in fp32, number of labels), or both of each row [B]; the label at s
+    is predicted from s - 1.
 
     Only positions with a label (not -100, not the first of a segment) reach the vocabulary, a
     chunk at a time: the logits are never held whole.
@@ -170,7 +175,13 @@ def next_token_loss(
         wanted_BS = wanted_BS & (segments_BS[:, 1:] == segments_BS[:, :-1])
     hidden_TD, target_T = hidden_BSD[:, :-1][wanted_BS], target_BS[wanted_BS]
     weight = lm_head.weight if torch.is_grad_enabled() else lm_head.weight.detach()
-    return _ChunkedLoss.apply(hidden_TD, weight, target_T, lm_head), wanted_BS.sum()
+    if by_row and weight.requires_grad:
+        raise InputError("by_row needs a frozen lm_head: its gradient is of the sum of all rows")
+    loss_T = _ChunkedLoss.apply(hidden_TD, weight, target_T, lm_head)
+    if not by_row:
+        return loss_T.sum(), wanted_BS.sum()
+    loss_BS = loss_T.new_zeros(wanted_BS.shape).masked_scatter(wanted_BS, loss_T)
+    return loss_BS.sum(1), wanted_BS.sum(1)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -184,25 +195,30 @@ class _ChunkedLoss(torch.autograd.Function):
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         dhidden_TD = torch.zeros_like(hidden_TD) if needs_hidden else None
         dweight = torch.zeros_like(weight) if needs_weight else None
-        loss = hidden_TD.new_zeros((), dtype=torch.float32)
+        loss_T = widened(hidden_TD.new_empty(len(target_T)))
         step = max(1, LOGITS_PER_CHUNK // lm_head.out_features)
         for start in range(0, len(target_T), step):
             chunk = slice(start, start + step)
             x_TD = hidden_TD[chunk].detach().requires_grad_(needs_hidden)
             with torch.set_grad_enabled(needs_hidden or needs_weight):
-                logits_TV = lm_head(x_TD).float()
-                chunk_loss = F.cross_entropy(logits_TV, target_T[chunk], reduction="sum")
-            loss += chunk_loss.detach()
+                logits_TV = widened(lm_head(x_TD))
+                chunk_T = F.cross_entropy(logits_TV, target_T[chunk], reduction="none")
+                chunk_loss = chunk_T.sum()
+            loss_T[chunk] = chunk_T.detach()
             if needs_hidden:
                 (dx_TD,) = torch.autograd.grad(chunk_loss, x_TD, retain_graph=needs_weight)
                 dhidden_TD[chunk] = dx_TD
             if needs_weight:
                 dweight += torch.autograd.grad(chunk_loss, weight)[0]
         ctx.save_for_backward(dhidden_TD, dweight)
-        return loss
+        return loss_T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (x if x is None else x * dloss.to(x.dtype) for x in ctx.saved_tensors)
-        return *scaled, None, None
+    def backward(ctx: Any, dloss_T: Tensor) -> tuple[Tensor | None, ...]:
+        dhidden_TD, dweight = ctx.saved_tensors
+        if dhidden_TD is not None:
+            dhidden_TD = dhidden_TD * dloss_T[:, None].to(dhidden_TD.dtype)
+        if dweight is not None:  # all labels count alike, or there is none
+            dweight = dweight * dloss_T[:1].sum().to(dweight.dtype)
+        return dhidden_TD, dweight, None, None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mixlora.layers.adapted_model import AdaptedModel
-from mixlora.layers.context import ForwardContext
+from mixlora.layers.context import ForwardContext, Span
 from mixlora.layers.kv_cache import KvCache
 from mixlora.layers.lora import Linear
 from mixlora.layers.mixlora_ffn import FeedForward
@@ -128,17 +128,19 @@ class Llama(AdaptedModel):
         segments_BS: Tensor | None = None,
         prompt_BS: Tensor | None = None,
         cache: KvCache | None = None,
-        adapters: Sequence[str | None] | None = None,
+        adapters: Sequence[str | None] | Sequence[Span] | None = None,
         labels_BS: Tensor | None = None,
+        by_row: bool = False,
         select_BS: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [B, S, V]; those of the selected positions alone [n, V] with `select_BS`;
-        or, with `labels_BS` (-100 = none), the sum of the labels' losses and their number.
+        or, with `labels_BS` (-100 = none), the sum of the labels' losses and their number, with
+        `by_row` those of each row [B].
 
         mask True = real token, padding on either side; positions default to each token's place
         among the real tokens of its row or segment; segments are document ids of packed rows,
         which do not see each other; prompt is for adapters that pool it (none here does);
-        adapters names each row's, None = the active one.
+        adapters names each row's, or gives their spans in order; None = the active one.
         """
         context = self.begin(
             tokens_BS,
@@ -171,7 +173,7 @@ class Llama(AdaptedModel):
         x_BSD = self.model.norm(x_BSD)
 
         if labels_BS is not None:
-            return next_token_loss(x_BSD, labels_BS, segments_BS, self.lm_head)
+            return next_token_loss(x_BSD, labels_BS, segments_BS, self.lm_head, by_row)
         return self.lm_head(x_BSD if select_BS is None else x_BSD[select_BS])
 
     def new_cache(self, batch_size: int, max_len: int) -> KvCache:

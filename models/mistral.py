@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mixlora.layers.adapted_model import AdaptedModel
-from mixlora.layers.context import ForwardContext
+from mixlora.layers.context import ForwardContext, Span
 from mixlora.layers.kv_cache import KvCache
 from mixlora.layers.lora import Linear
 from mixlora.layers.mixlora_ffn import FeedForward
@@ -126,8 +126,9 @@ class Mistral(AdaptedModel):
         segments_BS: Tensor | None = None,
         prompt_BS: Tensor | None = None,
         cache: KvCache | None = None,
-        adapters: Sequence[str | None] | None = None,
+        adapters: Sequence[str | None] | Sequence[Span] | None = None,
         labels_BS: Tensor | None = None,
+        by_row: bool = False,
         select_BS: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits, or losses: as `Llama.forward`, where the arguments are explained."""
@@ -164,7 +165,7 @@ class Mistral(AdaptedModel):
         x_BSD = self.model.norm(x_BSD)
 
         if labels_BS is not None:
-            return next_token_loss(x_BSD, labels_BS, segments_BS, self.lm_head)
+            return next_token_loss(x_BSD, labels_BS, segments_BS, self.lm_head, by_row)
         return self.lm_head(x_BSD if select_BS is None else x_BSD[select_BS])
 
     def new_cache(self, batch_size: int, max_len: int) -> KvCache:

@@ -71,6 +71,7 @@ def test_every_setting(tmp_path: Path) -> None:
     assert (data.loss_on, data.append_eos, data.truncate) == ("padded_text", False, "end")
     assert not data.reshuffle and not data.group_by_length
     assert config.run.save_every_steps == 5  # they count forwards
+    assert config.run.together == 2
 
 
 def test_a_setting_of_ours_wins(tmp_path: Path) -> None:

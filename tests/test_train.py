@@ -170,23 +170,6 @@ def test_recomputing_changes_no_bit(settings: dict, tmp_path: Path, key: dict) -
     assert metrics(run(settings, tmp_path)) == expected
 
 
-def test_an_adapter_trained_in_a_list_is_the_one_trained_alone(
-    settings: dict, tmp_path: Path
-) -> None:
-    del settings["adapter"]
-    settings["adapters"] = [
-        {"name": "mix", "adapter": MIXLORA},
-        {"name": "plain", "adapter": LORA, "optim": {"lr": 0.02}},
-    ]
-    both = run(settings, tmp_path)
-    assert metrics(both, "plain")[-1]["expert_load"] == []
-    settings["adapters"] = settings["adapters"][1:]
-    settings["run"]["dir"] = str(tmp_path / "alone")
-    alone = run(settings, tmp_path)
-    assert metrics(both, "plain") == metrics(alone, "plain")
-    assert_same_weights(weights(both, "plain"), weights(alone, "plain"))
-
-
 def test_bfloat16_trains(settings: dict, tmp_path: Path) -> None:
     settings["model"]["dtype"] = "bfloat16"
     settings["train"]["steps"] = 30

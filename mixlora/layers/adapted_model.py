@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from mixlora.errors import InputError, did_you_mean
-from mixlora.layers.context import ForwardContext, Member, Span, spans_of, stacked_rows
+from mixlora.layers.context import (
+    ForwardContext,
+    Member,
+    Span,
+    check_spans,
+    spans_of,
+    stacked_rows,
+)
 from mixlora.layers.kv_cache import KvCache
 from mixlora.layers.router import joined, load_balance_loss, z_loss
 from mixlora.ops import Routing
@@ -27,6 +34,7 @@ class AdaptedModel(nn.Module):
         self.folder: Path | None = None  # where its files are
         self.gradient_checkpointing = False  # one checkpoint per block, in training
         self.recompute_ffn = False  # one per feed-forward
+        self.generators: dict[str, torch.Generator] = {}  # whence an adapter's dropout, by name
         self._context = ForwardContext(())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -36,7 +44,7 @@ class AdaptedModel(nn.Module):
     def begin(
         self,
         tokens_BS: Tensor,
-        adapters: Sequence[str | Member | None] | None,
+        adapters: Sequence[str | Member | None] | Sequence[Span] | None,
         cache: KvCache | None = None,
         *,
         mask_BS: Tensor | None = None,
@@ -45,7 +53,8 @@ class AdaptedModel(nn.Module):
     ) -> ForwardContext:
         """Check a forward's inputs and make its context.
 
-        `adapters` names each row's, or tells its place in a stack; None = the active one for all.
+        `adapters` names each row's or tells its place in a stack, or is their spans; None = the
+        active one for all.
         """
         if tokens_BS.dim() != 2 or tokens_BS.dtype not in (torch.int64, torch.int32):
             got = f"{tokens_BS.dtype} {list(tokens_BS.shape)}"
@@ -61,6 +70,8 @@ class AdaptedModel(nn.Module):
             raise InputError("segments_BS needs cache=None: packed rows are not continued")
         if adapters is None:
             spans = (Span(self.active_adapter, 0, B),)
+        elif len(adapters) and isinstance(adapters[0], Span):
+            spans = check_spans(adapters, B, S)
         elif isinstance(adapters, str) or len(adapters) != B:
             got = repr(adapters) if isinstance(adapters, str) else len(adapters)
             raise InputError(f"adapters must be {B} names, one for each row, got {got}")
@@ -70,8 +81,10 @@ class AdaptedModel(nn.Module):
             hint = did_you_mean(name, self.adapter_configs)
             raise InputError(f"the model has no adapter named {name!r}{hint}")
         recompute_ffn = self.recompute_ffn and self.training
-        stacked = stacked_rows(spans, adapters or (), self.stack_sizes, tokens_BS)
-        self._context = ForwardContext(spans, mask_BS, segments_BS, cache, recompute_ffn, stacked)
+        self._context = ForwardContext(
+            *(spans, mask_BS, segments_BS, cache, recompute_ffn, self.generators),
+            stacked_rows(spans, adapters or (), self.stack_sizes, tokens_BS),
+        )
         return self._context
 
     @contextlib.contextmanager

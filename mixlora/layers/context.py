@@ -1,14 +1,18 @@
 """What every layer is told about the batch that a forward computes."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from mixlora.errors import InputError
 from mixlora.layers.kv_cache import KvCache
 from mixlora.ops import Plan, moe_sort
+from mixlora.ops.philox import draw_seed
 
 
 class Member(NamedTuple):
@@ -21,16 +25,20 @@ class Member(NamedTuple):
 class Span(NamedTuple):
     """Adjacent rows of the batch that share an adapter.
 
-    None is the base model, with the stacks around it that the rows' adapters are members of.
+    None is the base model, with the stacks around it that the rows' adapters are members of. Of
+    rows that others made longer, the adapter computes the first `length` tokens: with them its
+    shapes, and so its dropout and its sums, are those it has alone.
     """
 
     name: str | None
     start: int
     end: int
+    length: int | None = None  # None: all
 
     def rows(self, x_BS: Tensor) -> Tensor:
-        """These rows of a tensor: the tensor itself where they are all of it."""
-        return x_BS if self.end - self.start == len(x_BS) else x_BS[self.start : self.end]
+        """Its part of a tensor: the tensor itself where that is all of it."""
+        x_BS = x_BS if self.end - self.start == len(x_BS) else x_BS[self.start : self.end]
+        return x_BS if self.length in (None, x_BS.shape[1]) else x_BS[:, : self.length]
 
 
 class StackedRows(NamedTuple):
@@ -50,9 +58,11 @@ class ForwardContext:
     segments_BS: Tensor | None = None  # documents of packed rows; None = a row is one
     cache: KvCache | None = None  # what the rows have seen before
     recompute_ffn: bool = False  # feed-forwards keep their input alone for backward
+    generators: Mapping[str, torch.Generator] = field(default_factory=dict)  # others: torch's
     stacked: dict[tuple[Span, str], StackedRows] = field(default_factory=dict)
     # (span, layer) -> its Routing: a block that is computed again finds its experts here
     routing: dict[tuple[Span, Any], Any] = field(default_factory=dict)
+    seeds: dict[tuple[Span, Any, int], int] = field(default_factory=dict)  # and its dropout here
 
     def adapters_of(self, span: Span) -> list[str]:
         """The names under which layers may hold something for a span's rows."""
@@ -66,11 +76,21 @@ class ForwardContext:
 
 @dataclass
 class Sequences:
-    """What a router of `layer` may know of a span's tokens besides their hidden states."""
+    """What `layer` may know of a span's tokens besides their hidden states, and its randomness."""
 
     context: ForwardContext
     span: Span
     layer: Any
+    num_drawn: int = 0
+
+    def seed(self) -> int:
+        """Of the layer's next random numbers: from its adapter's own generator, whoever shares the
+        batch, and as before where a block is computed again."""
+        key, seeds = (self.span, self.layer, self.num_drawn), self.context.seeds
+        self.num_drawn += 1
+        if key not in seeds:
+            seeds[key] = draw_seed(self.context.generators.get(self.span.name))
+        return seeds[key]
 
     @property
     def mask_T(self) -> Tensor | None:
@@ -114,6 +134,27 @@ class Sequences:
         return place_BSE.flatten(0, 1)
 
 
+def split(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """Neighbouring rows of x, which may be overwritten; backward joins them in one step, where
+    slices would be a step each, and each as large as x."""
+    return [x] if len(sizes) == 1 else torch.unsafe_split_with_sizes(x, sizes)
+
+
+def rows_of(spans: Sequence[Span], x_BS: Tensor) -> list[Tensor]:
+    """Each span's part of a tensor."""
+    parts = split(x_BS, [span.end - span.start for span in spans])
+    return [
+        part if span.length in (None, part.shape[1]) else part[:, : span.length]
+        for span, part in zip(spans, parts, strict=True)
+    ]
+
+
+def put_together(parts: Sequence[Tensor], S: int) -> Tensor:
+    """Spans' rows [B, S or less, D], one below the other: [B, S, D], zero where one has none."""
+    parts = [x if x.shape[1] == S else F.pad(x, (0, 0, 0, S - x.shape[1])) for x in parts]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def spans_of(names: Sequence[str | Member | None]) -> tuple[Span, ...]:
     """["a", "a", None, "b"] -> (Span("a", 0, 2), Span(None, 2, 3), Span("b", 3, 4))"""
     spans: list[Span] = []
@@ -142,3 +183,15 @@ def stacked_rows(
             plan = moe_sort(member_T[:, None], sizes[stack])
             stacked[span, stack] = StackedRows(-1 not in index_B, member_T, plan)
     return stacked
+
+
+def check_spans(spans: Sequence[Span], B: int, S: int) -> tuple[Span, ...]:
+    """They cover the batch's rows in order, each at most S tokens long."""
+    ends = [0, *(span.end for span in spans)]
+    rising = all(start < end for start, end in itertools.pairwise(ends))
+    if [span.start for span in spans] != ends[:-1] or ends[-1] != B or not rising:
+        raise InputError(f"spans must cover rows 0 to {B} in order, got {list(map(tuple, spans))}")
+    for span in spans:
+        if span.length is not None and not 0 < span.length <= S:
+            raise InputError(f"a span's length must be in [1, {S}], got {span.length}")
+    return tuple(spans)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from mixlora.layers.context import ForwardContext, Span
+from mixlora.layers.context import ForwardContext, Sequences, Span, put_together, rows_of
 from mixlora.ops import dropout, linear
-from mixlora.ops.philox import draw_seed
+from mixlora.ops.philox import seed_tensor
 
 
 class Linear(nn.Module):
@@ -33,10 +33,12 @@ class Linear(nn.Module):
     def forward(self, x_BSI: Tensor, context: ForwardContext) -> Tensor:
         """The frozen product once over all rows; each adapter changes its own."""
         y_BSO = linear(x_BSI, self.weight, self.bias)
+        xs, ys = rows_of(context.spans, x_BSI), rows_of(context.spans, y_BSO)
         parts = [
-            self.adapt(span, span.rows(x_BSI), span.rows(y_BSO), context) for span in context.spans
+            self.adapt(span, x_BSI, y_BSO, context)
+            for span, x_BSI, y_BSO in zip(context.spans, xs, ys, strict=True)
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return put_together(parts, x_BSI.shape[1])
 
     def adapt(self, span: Span, x_BSI: Tensor, y_BSO: Tensor, context: ForwardContext) -> Tensor:
         """What a span's adapters make of y = W x + b, which they may overwrite."""
@@ -120,7 +122,8 @@ class Lora(LoraPair):
         self, x_BSI: Tensor, y_BSO: Tensor, base: Linear, context: ForwardContext, span: Span
     ) -> Tensor:
         p = self.dropout if self.training else 0.0
-        a_BSR = of_dropped(linear, p, x_BSI, self.lora_A.to(x_BSI.dtype))
+        sequences = context.sequences(span, self)
+        a_BSR = of_dropped(linear, p, sequences, x_BSI, self.lora_A.to(x_BSI.dtype))
         delta_BSO = linear(a_BSR * self.scaling, self.lora_B.to(x_BSI.dtype))
         scale_O = self.dora_scale(base)
         return (
@@ -128,12 +131,14 @@ class Lora(LoraPair):
         )
 
 
-def of_dropped(function: Callable[..., Any], p: float, x: Tensor, *arguments: Any) -> Any:
+def of_dropped(
+    function: Callable[..., Any], p: float, sequences: Sequences, x: Tensor, *arguments: Any
+) -> Any:
     """function(dropout(x), ...). What is kept for backward is x, which others keep anyway: its
     dropout is drawn again."""
     if not p:
         return function(x, *arguments)
-    seed = draw_seed(x.device)
+    seed = seed_tensor(sequences.seed(), x.device)
 
     def drop(x: Tensor) -> Tensor:
         return dropout(x.flatten(0, -2), p, seed)

@@ -24,12 +24,14 @@ class LoraMixture(LoraPair):
         self, x_BSI: Tensor, y_BSO: Tensor, base: Linear, context: ForwardContext, span: Span
     ) -> Tensor:
         x_TI = x_BSI.reshape(-1, x_BSI.shape[-1])
-        routing = self.moe_gate(x_TI, context.sequences(span, self))
+        sequences = context.sequences(span, self)
+        routing = self.moe_gate(x_TI, sequences)
         context.routing.setdefault((span, self), routing)
         weight_TE = routing.weight_TK.new_zeros(len(x_TI), len(self.lora_A))
         weight_TE = weight_TE.scatter(1, routing.expert_TK.long(), routing.weight_TK)
         p = self.dropout if self.training else 0.0
-        a_TER = of_dropped(linear, p, x_TI, self.lora_A.to(x_TI.dtype).flatten(0, 1))
+        lora_a_NI = self.lora_A.to(x_TI.dtype).flatten(0, 1)
+        a_TER = of_dropped(linear, p, sequences, x_TI, lora_a_NI)
         a_TER = a_TER.unflatten(1, self.lora_A.shape[:2])
         a_TER = a_TER * (self.scaling * weight_TE[..., None]).to(x_TI.dtype)
         b_OER = self.lora_B.to(x_TI.dtype).transpose(0, 1)

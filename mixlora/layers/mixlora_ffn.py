@@ -7,14 +7,13 @@ The second line is exact and costs one frozen feed-forward whatever K is: see op
 With DoRA on W2 (MixDoRA) every expert scales the rows of W2 for itself, and W2 runs on each h_k.
 """
 
-import itertools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mixlora.layers.context import ForwardContext, Span
+from mixlora.layers.context import ForwardContext, Sequences, Span, put_together, rows_of, split
 from mixlora.layers.lora import Linear, LoraPair, of_dropped, rescale
 from mixlora.layers.router import Router
 from mixlora.ops import (
@@ -30,7 +29,7 @@ from mixlora.ops import (
     moe_sort,
     shared_glu,
 )
-from mixlora.ops.philox import draw_seed
+from mixlora.ops.philox import seed_tensor
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 Finish = Callable[[Tensor], Tensor]  # W2 h + b2, rows as in h -> y_TD
@@ -55,26 +54,25 @@ class FeedForward(nn.Module):
     def _forward(self, x_BSD: Tensor, context: ForwardContext) -> Tensor:
         """Each frozen product once over all rows; each mixture works on its own rows."""
         gate_BSF, up_BSF = self.gate_proj(x_BSD, context), self.up_proj(x_BSD, context)
-        parts = [self._hidden(span, x_BSD, gate_BSF, up_BSF, context) for span in context.spans]
+        inputs = zip(*(rows_of(context.spans, x) for x in (x_BSD, gate_BSF, up_BSF)), strict=True)
+        parts = [
+            self._hidden(span, *(x.flatten(0, 1) for x in rows), context)
+            for span, rows in zip(context.spans, inputs, strict=True)
+        ]
         hidden, finishes = zip(*parts, strict=True)
         h_NF = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
         y_ND = linear(h_NF, self.down_proj.weight, self.down_proj.bias)
-        if len(parts) == 1:
-            return finishes[0](y_ND).view_as(x_BSD)
-        ends = list(itertools.accumulate(map(len, hidden), initial=0))
-        finished = [
-            finish(y_ND[start:end])
-            for finish, (start, end) in zip(finishes, itertools.pairwise(ends), strict=True)
-        ]
-        return torch.cat(finished).view_as(x_BSD)
+        sections = split(y_ND, [len(h_NF) for h_NF in hidden])
+        S, finished = x_BSD.shape[1], []
+        for span, finish, y_ND in zip(context.spans, finishes, sections, strict=True):
+            finished.append(finish(y_ND).unflatten(0, (span.end - span.start, span.length or S)))
+        return put_together(finished, S)
 
     def _hidden(
-        self, span: Span, x_BSD: Tensor, gate_BSF: Tensor, up_BSF: Tensor, context: ForwardContext
+        self, span: Span, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, context: ForwardContext
     ) -> tuple[Tensor, Finish]:
         """What enters W2 for a span's tokens, as many rows as it likes, and what becomes of W2's
         output."""
-        rows = (span.rows(x).flatten(0, 1) for x in (x_BSD, gate_BSF, up_BSF))
-        x_TD, gate_TF, up_TF = rows
         names = [name for name in context.adapters_of(span) if name in self.mixtures]
         parts = [self._mixed(name, x_TD, gate_TF, up_TF, span, context) for name in names]
         stacked = [context.stacked[span, name] for name in names if span.name is None]
@@ -92,10 +90,11 @@ class FeedForward(nn.Module):
         span: Span,
         context: ForwardContext,
     ) -> tuple[Tensor, Finish]:
-        routing = self.mixtures[name].moe_gate(x_TD, context.sequences(span, self))
+        sequences = context.sequences(span, self)
+        routing = self.mixtures[name].moe_gate(x_TD, sequences)
         if span.name == name:
             context.routing.setdefault((span, self), routing)
-        return self.mixtures[name](self, x_TD, gate_TF, up_TF, routing)
+        return self.mixtures[name](self, x_TD, gate_TF, up_TF, routing, sequences)
 
     def _plain(
         self, gate_TF: Tensor, up_TF: Tensor, span: Span, context: ForwardContext
@@ -140,37 +139,44 @@ class MixLora(nn.Module):
             self.scaling, self.dropout = experts.scaling, experts.dropout
 
     def forward(
-        self, ffn: FeedForward, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
+        self,
+        ffn: FeedForward,
+        x_TD: Tensor,
+        gate_TF: Tensor,
+        up_TF: Tensor,
+        routing: Routing,
+        sequences: Sequences,
     ) -> tuple[Tensor, Finish]:
         """(h_NF, finish): y = finish(W2 h + b2). gate and up are W1 x + b1 and W3 x + b3."""
         plan = moe_sort(routing.expert_TK, self.num_experts)
-        a_gate_TKR, a_up_TKR = self._shrink(x_TD, plan)
+        a_gate_TKR, a_up_TKR = self._shrink(x_TD, plan, sequences)
         is_routed = self.down_proj is not None and self.down_proj.lora_magnitude_vector is not None
         path = self._routed if is_routed else self._shared
-        h_NF, finish = path(ffn, gate_TF, up_TF, a_gate_TKR, a_up_TKR, plan, routing.weight_TK)
-        return h_NF, lambda y_ND: self._with_skipped(finish(y_ND), x_TD, routing.skip_T)
+        inputs = gate_TF, up_TF, a_gate_TKR, a_up_TKR
+        h_NF, finish = path(ffn, *inputs, plan, routing.weight_TK, sequences)
+        return h_NF, lambda y_ND: self._with_skipped(finish(y_ND), x_TD, routing.skip_T, sequences)
 
-    def _shrink(self, x_TD: Tensor, plan: Plan) -> list[Tensor | None]:
+    def _shrink(self, x_TD: Tensor, plan: Plan, sequences: Sequences) -> list[Tensor | None]:
         """A1 x and A3 x, for the experts of each token."""
         p = self.dropout if self.training else 0.0
         pairs = self.gate_proj, self.up_proj
         lora_as = [pair and pair.lora_A.to(x_TD.dtype) for pair in pairs]
         if self.dropout_masks == "shared" or not p:
-            return of_dropped(shrink_all, p, x_TD, plan, *lora_as)
+            return of_dropped(shrink_all, p, sequences, x_TD, plan, *lora_as)
         rows, x_ND = rows_as_tokens(plan), moe_gather(x_TD, plan)
         row_TK = plan.slot_row_TK.clamp_min(0).long()
         return [
-            None if a is None else of_dropped(grouped_shrink, p, x_ND, a, rows)[row_TK, 0]
+            a if a is None else of_dropped(grouped_shrink, p, sequences, x_ND, a, rows)[row_TK, 0]
             for a in lora_as
         ]
 
     def _hidden(
-        self, ffn, gate_TF, up_TF, a_gate_TKR, a_up_TKR, plan, weight_TK
+        self, ffn, gate_TF, up_TF, a_gate_TKR, a_up_TKR, plan, weight_TK, sequences
     ) -> tuple[Tensor, Tensor | None]:
         """sum_k g_k h_k [T, F], and A2 h_k [T, K, R]."""
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         p = self.dropout if self.training else 0.0
-        seed = draw_seed(gate_TF.device) if p else None
+        seed = seed_tensor(sequences.seed(), gate_TF.device) if p else None
         return shared_glu(
             *(gate_TF, up_TF, a_gate_TKR, a_up_TKR),
             *(gate and gate.lora_B, up and up.lora_B, down and down.lora_A),
@@ -182,11 +188,11 @@ class MixLora(nn.Module):
         )
 
     def _shared(
-        self, ffn, gate_TF, up_TF, a_gate_TKR, a_up_TKR, plan, weight_TK
+        self, ffn, gate_TF, up_TF, a_gate_TKR, a_up_TKR, plan, weight_TK, sequences
     ) -> tuple[Tensor, Finish]:
         """W2 once per token, on sum_k g_k h_k."""
         inputs = gate_TF, up_TF, a_gate_TKR, a_up_TKR
-        hbar_TF, z_TKR = self._hidden(ffn, *inputs, plan, weight_TK)
+        hbar_TF, z_TKR = self._hidden(ffn, *inputs, plan, weight_TK, sequences)
         delta_TD = None
         if self.down_proj is not None:
             scaled_TKR = z_TKR * (self.scaling * weight_TK[..., None])
@@ -203,7 +209,7 @@ class MixLora(nn.Module):
         return hbar_TF, finish
 
     def _routed(
-        self, ffn, gate_TF, up_TF, a_gate_TKR, a_up_TKR, plan, weight_TK
+        self, ffn, gate_TF, up_TF, a_gate_TKR, a_up_TKR, plan, weight_TK, sequences
     ) -> tuple[Tensor, Finish]:
         """W2 on each h_k: a row of an expert is a token with one slot."""
         rows = rows_as_tokens(plan)
@@ -214,7 +220,7 @@ class MixLora(nn.Module):
             for a in (a_gate_TKR, a_up_TKR)
         ]
         ones_N1 = weight_TK.new_ones(rows.expert_TK.shape)
-        h_NF, z_N1R = self._hidden(ffn, gate_NF, up_NF, *a_N1R, rows, ones_N1)
+        h_NF, z_N1R = self._hidden(ffn, gate_NF, up_NF, *a_N1R, rows, ones_N1, sequences)
         delta_ND = self.down_proj.expand((self.scaling * z_N1R).to(h_NF.dtype), rows)
 
         def finish(y_ND: Tensor) -> Tensor:
@@ -224,11 +230,13 @@ class MixLora(nn.Module):
 
         return h_NF, finish
 
-    def _with_skipped(self, y_TD: Tensor, x_TD: Tensor, skip_T: Tensor | None) -> Tensor:
+    def _with_skipped(
+        self, y_TD: Tensor, x_TD: Tensor, skip_T: Tensor | None, sequences: Sequences
+    ) -> Tensor:
         if skip_T is not None:
             y_TD = y_TD + skip_T[:, None].to(x_TD.dtype) * x_TD
         p = getattr(self.moe_gate, "ffn_dropout", 0.0) if self.training else 0.0
-        return dropout(y_TD, p, draw_seed(y_TD.device)) if p else y_TD
+        return dropout(y_TD, p, seed_tensor(sequences.seed(), y_TD.device)) if p else y_TD
 
 
 def joined(

@@ -39,16 +39,17 @@ class Router(nn.Module, abc.ABC):
     def init_weight(self, router_init_range: float) -> None:
         nn.init.normal_(self.weight, std=router_init_range)
 
-    def logits(self, x_TD: Tensor) -> Tensor:
+    def logits(self, x_TD: Tensor, sequences: Sequences) -> Tensor:
         wide = torch.promote_types(self.weight.dtype, torch.float32)  # also in a model cast to bf16
         x_TD = x_TD.to(wide)
         if self.training and self.jitter_noise:  # on a copy: the experts see x itself
             low, high = 1 - self.jitter_noise, 1 + self.jitter_noise
-            x_TD = x_TD * torch.empty_like(x_TD).uniform_(low, high)
+            generator = torch.Generator(x_TD.device).manual_seed(sequences.seed())
+            x_TD = x_TD * torch.empty_like(x_TD).uniform_(low, high, generator=generator)
         return x_TD @ self.weight.to(wide).T
 
     def forward(self, x_TD: Tensor, sequences: Sequences) -> Routing:
-        return self.choose(self.logits(x_TD), sequences)
+        return self.choose(self.logits(x_TD, sequences), sequences)
 
     @abc.abstractmethod
     def choose(self, logits_TE: Tensor, sequences: Sequences) -> Routing:

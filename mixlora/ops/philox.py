@@ -12,9 +12,14 @@ from torch import Tensor
 LOW = 0xFFFFFFFF
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """From torch's generator: `torch.manual_seed` and a restored state give it again."""
-    return torch.randint(2**62, (), device=device)
+def draw_seed(generator: torch.Generator | None = None) -> int:
+    """From a generator of the host, torch's where none is given; the same for every device."""
+    return int(torch.randint(2**62, (), generator=generator))
+
+
+def seed_tensor(seed: int, device: torch.device) -> Tensor:
+    """As the operators take it: written by the device, which is not waited for."""
+    return torch.full((), seed, device=device)
 
 
 def philox(counter: list[Tensor], seed: Tensor) -> list[Tensor]:

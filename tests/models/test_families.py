@@ -365,6 +365,27 @@ def test_chunked_loss(monkeypatch, family: str, rows_per_chunk: int) -> None:
             assert torch.equal(model(tokens_BS, labels_BS=labels_BS)[0], loss)
 
 
+def test_loss_by_row(family: str) -> None:
+    """Each row's own, and gradients by its own weight."""
+    model = tiny_model(family)
+    add_filled(model)
+    tokens_BS, labels_BS = labelled(4, 12)
+    labels_BS[1] = -100
+    weight_B = torch.tensor([1.0, 5.0, 0.5, -2.0])
+    loss_B, num_labels_B = model(tokens_BS, labels_BS=labels_BS, by_row=True)
+    alone = [model(tokens_BS[b, None], labels_BS=labels_BS[b, None]) for b in range(4)]
+    assert num_labels_B.tolist() == [int(n) for _, n in alone]
+    wanted_B = torch.stack([loss for loss, _ in alone])
+    assert_close(loss_B, wanted_B.detach())
+    found = gradients(model, (loss_B * weight_B).sum())
+    wanted = gradients(model, (wanted_B * weight_B).sum())
+    for name, gradient in found.items():
+        assert_close(gradient, wanted[name])
+    model.lm_head.weight.requires_grad_()
+    with pytest.raises(InputError, match="by_row needs a frozen lm_head"):
+        model(tokens_BS, labels_BS=labels_BS, by_row=True)
+
+
 @torch.no_grad()
 def test_first_label_of_a_segment_is_ignored(family: str) -> None:
     model = tiny_model(family)
