@@ -55,6 +55,7 @@ def save_checkpoint(
     tensors = {
         f"{key}.{moment}": optimizer.state[parameter][moment]
         for key, parameter in trained_parameters(model, name).items()
+        if parameter in optimizer.state  # one that never had a gradient has none: MiLoRA's may not
         for moment in MOMENTS
     }
     tensors[GENERATOR] = torch.get_rng_state()
@@ -70,8 +71,12 @@ def load_checkpoint(
     path: Path, model: AdaptedModel, name: str, optimizer: torch.optim.Optimizer
 ) -> int:
     """Restore adapter, optimizer and random generator; returns the number of steps done."""
-    parameters = trained_parameters(model, name)
     file = TensorFile(path / OPTIMIZER_FILE)
+    parameters = {
+        key: parameter
+        for key, parameter in trained_parameters(model, name).items()
+        if f"{key}.step" in file.shapes
+    }
     wanted = {f"{key}.step": () for key in parameters} | {GENERATOR: torch.get_rng_state().shape}
     for key, parameter in parameters.items():
         wanted |= {f"{key}.{moment}": parameter.shape for moment in MOMENTS[1:]}

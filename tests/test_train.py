@@ -298,6 +298,8 @@ KINDS = {
     "switch": {"routing_strategy": "mixlora-switch", "r": 2, "num_experts": 3, "ffn_dropout": 0.1},
     "mola": {"routing_strategy": "mola", "r": 2, "num_experts": 3, "router_loss": True},
     "loramoe": {"routing_strategy": "loramoe", "r": 2, "num_experts": 3},
+    "milora": {"routing_strategy": "milora", "r": 2, "top_k": 1, "lora_dropout": 0.1},
+    "midora": {"routing_strategy": "milora", "r": 2, "top_k": 3, "use_dora": True},
 }
 
 

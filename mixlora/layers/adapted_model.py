@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mixlora.errors import InputError, did_you_mean
-from mixlora.layers.context import ForwardContext, Span, spans_of
+from mixlora.layers.context import ForwardContext, Span, before_labels, spans_of
 from mixlora.layers.kv_cache import KvCache
 from mixlora.layers.router import joined, load_balance_loss, z_loss
 from mixlora.ops import Routing
@@ -40,21 +40,26 @@ class AdaptedModel(nn.Module):
         *,
         mask_BS: Tensor | None = None,
         segments_BS: Tensor | None = None,
+        prompt_BS: Tensor | None = None,
+        labels_BS: Tensor | None = None,
         **others_BS: Tensor | None,
     ) -> ForwardContext:
         """Check a forward's inputs and make its context.
 
-        `adapters` names each row's; None = the active one for all.
+        `adapters` names each row's; None = the active one for all. `prompt_BS` None: the tokens
+        before the first label, without labels all; behind a prompt that the cache holds none.
         """
         if tokens_BS.dim() != 2 or tokens_BS.dtype not in (torch.int64, torch.int32):
             got = f"{tokens_BS.dtype} {list(tokens_BS.shape)}"
             raise InputError(f"tokens must be integers [B, S], got {got}")
         B, S = tokens_BS.shape
-        tensors = {"mask_BS": mask_BS, "segments_BS": segments_BS, **others_BS}
+        tensors = {"mask_BS": mask_BS, "segments_BS": segments_BS, "prompt_BS": prompt_BS}
+        tensors |= {"labels_BS": labels_BS, **others_BS}
         for name, x_BS in tensors.items():
             if x_BS is not None and x_BS.shape != (B, S):
                 raise InputError(f"{name} must be [B, S] = [{B}, {S}], got {list(x_BS.shape)}")
-            if x_BS is not None and name in ("mask_BS", "select_BS") and x_BS.dtype != torch.bool:
+            is_bool = name in ("mask_BS", "prompt_BS", "select_BS")
+            if x_BS is not None and is_bool and x_BS.dtype != torch.bool:
                 raise InputError(f"{name} must be bool, got {x_BS.dtype}")
         if cache is not None and segments_BS is not None:
             raise InputError("segments_BS needs cache=None: packed rows are not continued")
@@ -68,8 +73,24 @@ class AdaptedModel(nn.Module):
         for name in {span.name for span in spans} - {None, *self.adapter_configs}:
             hint = did_you_mean(name, self.adapter_configs)
             raise InputError(f"the model has no adapter named {name!r}{hint}")
-        recompute_ffn = self.recompute_ffn and self.training
-        self._context = ForwardContext(spans, mask_BS, segments_BS, cache, recompute_ffn)
+        continues = cache is not None and cache.length > 0
+        if continues and prompt_BS is not None:
+            configs = [self.adapter_configs[span.name] for span in spans if span.name]
+            if any(config.routes_prompts for config in configs) and prompt_BS.any():
+                raise InputError(
+                    f"prompt_BS: the cache holds {cache.length} tokens already, but MiLoRA routes "
+                    "by the whole prompt: prefill it in one forward"
+                )
+        if prompt_BS is None and labels_BS is not None:
+            prompt_BS = before_labels(labels_BS, segments_BS)
+        elif prompt_BS is None:
+            prompt_BS = torch.full_like(tokens_BS, not continues, dtype=torch.bool)
+        self._context = ForwardContext(
+            *(spans, mask_BS, segments_BS, cache),
+            recompute_ffn=self.recompute_ffn and self.training,
+            prompt_BS=prompt_BS if mask_BS is None else prompt_BS & mask_BS,
+            continues=continues,
+        )
         return self._context
 
     @contextlib.contextmanager

@@ -32,6 +32,8 @@ class KvCache:
         self.real_BL = torch.zeros(batch_size, max_len, dtype=torch.bool, device=device)
         self.next_position_B = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.counts: dict[Any, Tensor] = {}  # a router -> how often a row chose each expert [B, E]
+        # (adapter, layer) -> what was decided for each row at its prompt; the first dimension is B
+        self.rows_state: dict[Any, Tensor] = {}
         self.length = 0
 
     def advance(self, batch_size: int, num_new: int, mask_BS: Tensor | None) -> Tensor:
