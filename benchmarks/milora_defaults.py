@@ -1,6 +1,6 @@
 """Which of MiLoRA's open options are its defaults: an experiment on the quickstart's tasks.
 
-    python -m benchmarks.milora_defaults [--seeds 0 1 2] [--steps 160] [--batch-size 16]
+    python -m benchmarks.milora_defaults [--seeds 0 1 2] [--steps 160] [--batch-size 16] [--arms 12]
            [--output benchmarks/results/milora_defaults.json]
 
 Every arm of ARMS is trained on the four tasks together, as configs/quickstart.yaml says but for
@@ -49,15 +49,15 @@ ARMS = {
     "probability, top 3, alpha 8 r": milora("probability", 3, 8),
     "straight_through, top 3, alpha 2 r": milora("straight_through", 3, 2),
     "probability, top 1, alpha 8 r": milora("probability", 1, 8),
-    "probability, top 5, alpha 8 r": milora("probability", 5, 8),
     "probability, top 7, alpha 8 r": milora("probability", 7, 8),
     "probability, top 3, alpha 2 r": milora("probability", 3, 2),
-    "probability, top 3, alpha 16 r": milora("probability", 3, 16),
-    "straight_through, top 1, alpha 2 r": milora("straight_through", 1, 2),
-    "straight_through, top 5, alpha 2 r": milora("straight_through", 5, 2),
     "probability, top 3, alpha 8 r, prompt by the base": milora(
         "probability", 3, 8, route_prompt=False
     ),
+    "straight_through, top 1, alpha 2 r": milora("straight_through", 1, 2),
+    "probability, top 3, alpha 16 r": milora("probability", 3, 16),
+    "straight_through, top 5, alpha 2 r": milora("straight_through", 5, 2),
+    "probability, top 5, alpha 8 r": milora("probability", 5, 8),
 }
 
 
@@ -117,13 +117,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--arms", type=int, default=len(ARMS), help="only the first so many")
     parser.add_argument("--output", default="benchmarks/results/milora_defaults.json")
     options = parser.parse_args(argv)
     output = Path(options.output)
     settings = {"steps": options.steps, "batch_size": options.batch_size, "config": CONFIG}
     results = json.loads(output.read_text())["results"] if output.exists() else []
     for seed in options.seeds:
-        for arm, adapter in ARMS.items():
+        for arm, adapter in list(ARMS.items())[: options.arms]:
             if any(result["arm"] == arm and result["seed"] == seed for result in results):
                 continue
             with tempfile.TemporaryDirectory() as folder:

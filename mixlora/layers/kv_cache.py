@@ -34,6 +34,7 @@ class KvCache:
         self.counts: dict[Any, Tensor] = {}  # a router -> how often a row chose each expert [B, E]
         # (adapter, layer) -> what was decided for each row at its prompt; the first dimension is B
         self.rows_state: dict[Any, Tensor] = {}
+        self.gates: dict[Any, Any] = {}  # what layers/milora.py worked out of it
         self.length = 0
 
     def advance(self, batch_size: int, num_new: int, mask_BS: Tensor | None) -> Tensor:

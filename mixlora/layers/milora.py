@@ -149,6 +149,20 @@ class Gate(NamedTuple):
     weight_N1: Tensor
 
 
+def gates(weight_TM: Tensor) -> list[Gate | None]:
+    """By module; None for one that no token uses, which then computes nothing."""
+    T, M = weight_TM.shape
+    weight_MT, end = weight_TM.T, 0
+    module_N, index_N = weight_MT.detach().nonzero(as_tuple=True)
+    weight_N1 = weight_MT[module_N, index_N][:, None]
+    found: list[Gate | None] = []
+    for count in module_N.bincount(minlength=M).tolist():
+        start, end = end, end + count
+        index = None if count == T else index_N[start:end]
+        found.append(Gate(index, weight_N1[start:end]) if count else None)
+    return found
+
+
 class PromptRouting(nn.Module):
     """The prompt routers of a block by adapter name. Called before the block, it leaves in the
     context what its MiLora modules are to do."""
@@ -161,39 +175,46 @@ class PromptRouting(nn.Module):
     def forward(self, x_BSD: Tensor, context: ForwardContext) -> None:
         for span in context.spans:
             if span.name in self.adapters:
-                router = self.adapters[span.name]
-                weight_BSM = self.weights(router, span, span.rows(x_BSD), context)
-                context.gates[span, self.layer] = gates(weight_BSM.flatten(0, 1))
+                step = self.continued if context.continues else self.begun
+                context.gates[span, self.layer] = step(span, span.rows(x_BSD), context)
 
-    def weights(
-        self, router: PromptRouter, span: Span, x_BSD: Tensor, context: ForwardContext
-    ) -> Tensor:
-        """Of every module for every token: 0 where it is not active."""
-        B, S, _ = x_BSD.shape
-        cache, key = context.cache, (span.name, self.layer)
-        if context.continues:
-            if key not in cache.rows_state:
-                raise InputError(
-                    f"adapter {span.name!r} saw none of the cache's {cache.length - S} tokens: "
-                    "MiLoRA routes by the whole prompt, in one forward"
-                )
-            weight_BSM = span.rows(cache.rows_state[key])[:, None].expand(B, S, -1)
-        else:
-            sequences = context.sequences(span, self.layer)
-            routing = router(x_BSD.flatten(0, 1), sequences)
-            context.routing.setdefault((span, self.layer), routing)
-            weight_TM = routing.weight_TK.new_zeros(len(routing.weight_TK), router.num_experts)
-            weight_TM = weight_TM.scatter(1, routing.expert_TK.long(), routing.weight_TK)
-            weight_BQM = weight_TM.view(*sequences.prompts_BQS.shape[:2], router.num_experts)
-            if cache is not None:
-                shape = len(cache.real_BL), router.num_experts
-                with torch.inference_mode(False):  # the next tokens may come outside of it
-                    state_BM = cache.rows_state.setdefault(key, weight_TM.new_zeros(shape))
-                span.rows(state_BM).copy_(weight_BQM.detach()[:, 0])
-            weight_BSM = self.of_tokens(weight_BQM, S, span, context)
+    def begun(self, span: Span, x_BSD: Tensor, context: ForwardContext) -> list[Gate | None]:
+        """By the prompt's decision, which is made here and kept in the cache."""
+        router, cache = self.adapters[span.name], context.cache
+        sequences = context.sequences(span, self.layer)
+        routing = router(x_BSD.flatten(0, 1), sequences)
+        context.routing.setdefault((span, self.layer), routing)
+        weight_TM = routing.weight_TK.new_zeros(len(routing.weight_TK), router.num_experts)
+        weight_TM = weight_TM.scatter(1, routing.expert_TK.long(), routing.weight_TK)
+        weight_BQM = weight_TM.view(*sequences.prompts_BQS.shape[:2], router.num_experts)
+        if cache is not None:
+            shape = len(cache.real_BL), router.num_experts
+            with torch.inference_mode(False):  # the next tokens may come outside of it
+                state_BM = torch.zeros(shape, dtype=weight_TM.dtype, device=weight_TM.device)
+            state_BM = cache.rows_state.setdefault((span.name, self.layer), state_BM)
+            span.rows(state_BM).copy_(weight_BQM.detach()[:, 0])
+        weight_BSM = self.of_tokens(weight_BQM, x_BSD.shape[1], span, context)
         if not router.route_prompt:
             weight_BSM = weight_BSM * ~span.rows(context.prompt_BS)[..., None]
-        return weight_BSM
+        return gates(weight_BSM.flatten(0, 1))
+
+    def continued(self, span: Span, x_BSD: Tensor, context: ForwardContext) -> list[Gate | None]:
+        """By the decision in the cache. Gates are found anew only where it has changed: decoding
+        asks at every token."""
+        (B, S, _), cache = x_BSD.shape, context.cache
+        state_BM = cache.rows_state.get((span.name, self.layer))
+        if state_BM is None:
+            raise InputError(
+                f"adapter {span.name!r} saw none of the cache's {cache.length - S} tokens: MiLoRA "
+                "routes by the whole prompt, in one forward"
+            )
+        version = None if state_BM.is_inference() else state_BM._version
+        key = span, self.layer, S
+        kept_state_BM, kept_version, kept = cache.gates.get(key, (None, None, None))
+        if kept_state_BM is not state_BM or version is None or kept_version != version:
+            kept = gates(span.rows(state_BM)[:, None].expand(B, S, -1).flatten(0, 1))
+            cache.gates[key] = state_BM, version, kept
+        return kept
 
     def of_tokens(self, weight_BQM: Tensor, S: int, span: Span, context: ForwardContext) -> Tensor:
         B, _, M = weight_BQM.shape
@@ -201,21 +222,6 @@ class PromptRouting(nn.Module):
             return weight_BQM.expand(B, S, M)
         document_BS1 = span.rows(context.document_BS)[..., None]
         return weight_BQM.gather(1, document_BS1.expand(B, S, M))
-
-
-def gates(weight_TM: Tensor) -> list[Gate | None]:
-    """By module; None for one that no token uses, which then computes nothing."""
-    active_MT = (weight_TM.detach() != 0).T
-    counts = active_MT.sum(1).tolist()
-    index_M = active_MT.nonzero()[:, 1].split(counts)
-    return [
-        None
-        if not len(index_N)
-        else Gate(None, weight_TM[:, m : m + 1])
-        if len(index_N) == len(weight_TM)
-        else Gate(index_N, weight_TM[index_N, m : m + 1])
-        for m, index_N in enumerate(index_M)
-    ]
 
 
 class MiLora(LoraPair):

@@ -493,3 +493,27 @@ def test_wrong_settings() -> None:
     assert error_of(model, tokens_BS, prompt_BS=tokens_BS) == (
         "prompt_BS must be bool, got torch.int64"
     )
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_rows_of_a_cache_may_be_moved(inference: bool) -> None:
+    """Between two tokens, in place or not: each row's decision goes with it."""
+    model = tiny_model()
+    add_filled(model, **{**MILORA, "top_k": 2})
+    tokens_BS, new_B1, order = some_tokens(3, 9), some_tokens(3, 1, seed=1), [2, 0, 1]
+    with torch.inference_mode() if inference else torch.no_grad():
+        cache = model.new_cache(3, 12)
+        model(tokens_BS, cache=cache)
+        wanted = model(new_B1, cache=cache)
+        for in_place in (True, False, True):
+            cache.length -= 1  # the same token once more
+            cache.next_position_B -= 1
+            for state in (cache.key, cache.value):
+                state.copy_(state[:, order])
+            for key, state in cache.rows_state.items():
+                if in_place:
+                    state.copy_(state[order])
+                else:
+                    cache.rows_state[key] = state[order]
+            new_B1, wanted = new_B1[order], wanted[order]
+            assert_close(model(new_B1, cache=cache), wanted)
