@@ -1,11 +1,11 @@
 """MiLoRA (Zhang et al., arXiv 2410.18035): the prompt chooses which of a layer's LoRAs act.
 
     h = pool(H)                         H: the prompt's hidden states before the layer
-    p = softmax(W_r g(h))               over the M targeted projections of the layer, fp32
-    y = W x + b + g_m s B_m A_m x       of projection m, for all tokens of the sequence
+    p = softmax(W_r g(h))               over the E targeted projections of the layer, fp32
+    y = W x + b + g_e s B_e A_e x       of projection e, for all tokens of the sequence
 
-g_m is 0 but for the top_k largest p_m; for those it is p_m (`router_weight` probability), or 1 with
-p_m's gradient (straight_through). With DoRA: y = W x + b + g_m (dora_m(x) - W x - b).
+g_e is 0 but for the top_k largest p_e; for those it is p_e (`router_weight` probability), or 1 with
+p_e's gradient (straight_through). With DoRA: y = W x + b + g_e (dora_e(x) - W x - b).
 The decision is made once, at the prompt: the KV cache keeps it for all tokens to come. A projection
 that is active for no row of a span computes nothing but W x + b.
 """
@@ -149,14 +149,14 @@ class Gate(NamedTuple):
     weight_N1: Tensor
 
 
-def gates(weight_TM: Tensor) -> list[Gate | None]:
+def gates(weight_TE: Tensor) -> list[Gate | None]:
     """By module; None for one that no token uses, which then computes nothing."""
-    T, M = weight_TM.shape
-    weight_MT, end = weight_TM.T, 0
-    module_N, index_N = weight_MT.detach().nonzero(as_tuple=True)
-    weight_N1 = weight_MT[module_N, index_N][:, None]
+    T, E = weight_TE.shape
+    weight_ET, end = weight_TE.T, 0
+    module_N, index_N = weight_ET.detach().nonzero(as_tuple=True)
+    weight_N1 = weight_ET[module_N, index_N][:, None]
     found: list[Gate | None] = []
-    for count in module_N.bincount(minlength=M).tolist():
+    for count in module_N.bincount(minlength=E).tolist():
         start, end = end, end + count
         index = None if count == T else index_N[start:end]
         found.append(Gate(index, weight_N1[start:end]) if count else None)
@@ -184,44 +184,44 @@ class PromptRouting(nn.Module):
         sequences = context.sequences(span, self.layer)
         routing = router(x_BSD.flatten(0, 1), sequences)
         context.routing.setdefault((span, self.layer), routing)
-        weight_TM = routing.weight_TK.new_zeros(len(routing.weight_TK), router.num_experts)
-        weight_TM = weight_TM.scatter(1, routing.expert_TK.long(), routing.weight_TK)
-        weight_BQM = weight_TM.view(*sequences.prompts_BQS.shape[:2], router.num_experts)
+        weight_TE = routing.weight_TK.new_zeros(len(routing.weight_TK), router.num_experts)
+        weight_TE = weight_TE.scatter(1, routing.expert_TK.long(), routing.weight_TK)
+        weight_BQE = weight_TE.view(*sequences.prompts_BQS.shape[:2], router.num_experts)
         if cache is not None:
             shape = len(cache.real_BL), router.num_experts
             with torch.inference_mode(False):  # the next tokens may come outside of it
-                state_BM = torch.zeros(shape, dtype=weight_TM.dtype, device=weight_TM.device)
-            state_BM = cache.rows_state.setdefault((span.name, self.layer), state_BM)
-            span.rows(state_BM).copy_(weight_BQM.detach()[:, 0])
-        weight_BSM = self.of_tokens(weight_BQM, x_BSD.shape[1], span, context)
+                state_BE = torch.zeros(shape, dtype=weight_TE.dtype, device=weight_TE.device)
+            state_BE = cache.rows_state.setdefault((span.name, self.layer), state_BE)
+            span.rows(state_BE).copy_(weight_BQE.detach()[:, 0])
+        weight_BSE = self.of_tokens(weight_BQE, x_BSD.shape[1], span, context)
         if not router.route_prompt:
-            weight_BSM = weight_BSM * ~span.rows(context.prompt_BS)[..., None]
-        return gates(weight_BSM.flatten(0, 1))
+            weight_BSE = weight_BSE * ~span.rows(context.prompt_BS)[..., None]
+        return gates(weight_BSE.flatten(0, 1))
 
     def continued(self, span: Span, x_BSD: Tensor, context: ForwardContext) -> list[Gate | None]:
         """By the decision in the cache. Gates are found anew only where it has changed: decoding
         asks at every token."""
         (B, S, _), cache = x_BSD.shape, context.cache
-        state_BM = cache.rows_state.get((span.name, self.layer))
-        if state_BM is None:
+        state_BE = cache.rows_state.get((span.name, self.layer))
+        if state_BE is None:
             raise InputError(
                 f"adapter {span.name!r} saw none of the cache's {cache.length - S} tokens: MiLoRA "
                 "routes by the whole prompt, in one forward"
             )
-        version = None if state_BM.is_inference() else state_BM._version
+        version = None if state_BE.is_inference() else state_BE._version
         key = span, self.layer, S
-        kept_state_BM, kept_version, kept = cache.gates.get(key, (None, None, None))
-        if kept_state_BM is not state_BM or version is None or kept_version != version:
-            kept = gates(span.rows(state_BM)[:, None].expand(B, S, -1).flatten(0, 1))
-            cache.gates[key] = state_BM, version, kept
+        kept_state_BE, kept_version, kept = cache.gates.get(key, (None, None, None))
+        if kept_state_BE is not state_BE or version is None or kept_version != version:
+            kept = gates(span.rows(state_BE)[:, None].expand(B, S, -1).flatten(0, 1))
+            cache.gates[key] = state_BE, version, kept
         return kept
 
-    def of_tokens(self, weight_BQM: Tensor, S: int, span: Span, context: ForwardContext) -> Tensor:
-        B, _, M = weight_BQM.shape
+    def of_tokens(self, weight_BQE: Tensor, S: int, span: Span, context: ForwardContext) -> Tensor:
+        B, _, E = weight_BQE.shape
         if context.segments_BS is None:
-            return weight_BQM.expand(B, S, M)
+            return weight_BQE.expand(B, S, E)
         document_BS1 = span.rows(context.document_BS)[..., None]
-        return weight_BQM.gather(1, document_BS1.expand(B, S, M))
+        return weight_BQE.gather(1, document_BS1.expand(B, S, E))
 
 
 class MiLora(LoraPair):

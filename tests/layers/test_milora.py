@@ -60,11 +60,11 @@ def activated(router: PromptRouter, h_D: Tensor) -> Tensor:
 
 def routed(router: PromptRouter, x_PD: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
     """(probabilities, weight of each active module)"""
-    prob_M = (router.weight @ activated(router, pooled(router, x_PD))).softmax(0)
-    order = sorted(range(len(prob_M)), key=lambda m: -prob_M[m].item())[: router.top_k]
+    prob_E = (router.weight @ activated(router, pooled(router, x_PD))).softmax(0)
+    order = sorted(range(len(prob_E)), key=lambda m: -prob_E[m].item())[: router.top_k]
     if router.router_weight == "straight_through":  # 1, with the probability's gradient
-        return prob_M, {m: 1 + prob_M[m] - prob_M[m].detach() for m in order}
-    return prob_M, {m: prob_M[m] for m in order}
+        return prob_E, {m: 1 + prob_E[m] - prob_E[m].detach() for m in order}
+    return prob_E, {m: prob_E[m] for m in order}
 
 
 def by_sequence(model: nn.Module, tokens_S: Tensor, num_prompt: int) -> tuple[Tensor, list[Tensor]]:
@@ -76,8 +76,8 @@ def by_sequence(model: nn.Module, tokens_S: Tensor, num_prompt: int) -> tuple[Te
         router, weights, attention, ffn = None, {}, block.self_attn, block.mlp
         if "default" in block.prompt_router.adapters:
             router = block.prompt_router.adapters["default"]
-            prob_M, weights = routed(router, x_SD[:num_prompt])
-            probs.append(prob_M)
+            prob_E, weights = routed(router, x_SD[:num_prompt])
+            probs.append(prob_E)
 
         def project(base: Linear, x_SI: Tensor, router=router, weights=weights) -> Tensor:
             y_SO = F.linear(x_SI, base.weight, base.bias)
@@ -124,11 +124,11 @@ def compare(model: nn.Module, side: str = "right") -> None:
     assert_close(logits, wanted, rel=1e-9)
 
     losses = []  # eq. 4 and 5, written out
-    for prob_BM in map(torch.stack, zip(*(probs for _, probs in rows), strict=True)):
-        B, M = prob_BM.shape
-        first = [row.index(max(row)) for row in prob_BM.tolist()]
-        share = [first.count(i) / B for i in range(M)]
-        losses.append(M * sum(share[i] * prob_BM[:, i].mean() for i in range(M)))
+    for prob_BE in map(torch.stack, zip(*(probs for _, probs in rows), strict=True)):
+        B, E = prob_BE.shape
+        first = [row.index(max(row)) for row in prob_BE.tolist()]
+        share = [first.count(i) / B for i in range(E)]
+        losses.append(E * sum(share[i] * prob_BE[:, i].mean() for i in range(E)))
     wanted_loss = 0.01 * sum(losses) / len(losses)
     assert_close(loss, wanted_loss, rel=1e-9)
 
@@ -284,9 +284,9 @@ def test_prefill_and_decode_equal_one_forward(kind: str, side: str, route_prompt
         for new_BS in tokens_BS[:, 7:].split(steps, dim=1):
             parts.append(model(new_BS, cache=cache, adapters=names))
         assert_close(torch.cat(parts, dim=1)[whole_BS], wanted[whole_BS])
-    for (name, layer), state_BM in cache.rows_state.items():
+    for (name, layer), state_BE in cache.rows_state.items():
         assert name == "default" and layer < model.config.num_hidden_layers
-        assert (state_BM != 0).sum(1).tolist() == [3, 0, 3]
+        assert (state_BE != 0).sum(1).tolist() == [3, 0, 3]
 
 
 def count(monkeypatch, owner: object, name: str) -> list:
