@@ -75,7 +75,7 @@ class AdapterConfig:
     task_type: Literal["CAUSAL_LM", "QUESTION_ANS"] | None = "CAUSAL_LM"
     base_model_name_or_path: str | None = None
     r: int = 16
-    lora_alpha: float = 32
+    lora_alpha: float | None = None  # None: 32; of milora 8 r, since probabilities shrink updates
     lora_dropout: float = 0.0
     bias: Literal["none"] = "none"
     # ends of projections' paths, or a regular expression for whole paths, or "all-linear"
@@ -119,6 +119,8 @@ class AdapterConfig:
                 f"got {self.peft_type!r}"
             )
         self.peft_type = kind
+        if self.lora_alpha is None:
+            self.lora_alpha = 8 * self.r if self.routes_prompts else 32
         self._fill_in_router()
         _check(self, _lora_checks(self) | self._checks())
 

@@ -467,6 +467,23 @@ def test_prompts_prefill_whole() -> None:
     )
 
 
+def test_defaults() -> None:
+    """Those that docs/milora.md found; alpha is by rank, for milora alone."""
+    config = AdapterConfig(routing_strategy="milora", r=5)
+    assert (config.top_k, config.router_weight, config.route_prompt) == (3, "probability", True)
+    assert (config.lora_alpha, config.router_aux_loss_coef, config.pooler) == (
+        40,
+        0.01,
+        "attention",
+    )
+    assert (
+        AdapterConfig(r=5).lora_alpha
+        == AdapterConfig(r=5, routing_strategy="mola").lora_alpha
+        == 32
+    )
+    assert AdapterConfig(routing_strategy="milora", lora_alpha=3).lora_alpha == 3
+
+
 def test_wrong_settings() -> None:
     def said(**values) -> str:
         return error_of(AdapterConfig.from_dict, {"routing_strategy": "milora", **values})
