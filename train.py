@@ -388,6 +388,11 @@ def device_of(config: ModelConfig) -> str:
 
 def begin_adapter(model: AdaptedModel, run: AdapterRun) -> None:
     """The adapter as its training begins: fresh or from a folder, in part frozen."""
+    if run.adapter.routes_prompts and run.data.loss_on != "answer":
+        raise InputError(
+            "data.loss_on must be answer with routing_strategy milora, which takes the tokens "
+            f"before the first label for the prompt, got {run.data.loss_on!r}"
+        )
     mixlora.add_adapter(model, run.adapter, run.name)
     if run.train.start_from is not None:
         read_tensors(model, run.train.start_from, run.name)

@@ -1,6 +1,6 @@
 """An adapter's settings, under the keys of upstream's adapter_config.json (PEFT, MoE-PEFT).
 
-What a router reads, and its defaults, its constructor in layers/router.py says.
+What a router reads, and its defaults, its constructor in layers/router.py or milora.py says.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from mixlora import config as configs
 from mixlora.errors import InputError, did_you_mean
+from mixlora.layers.milora import POOLERS, ROUTER_ACTS, ROUTER_WEIGHTS
 from mixlora.layers.router import ROUTERS, Router
 from mixlora.ops import ACTIVATIONS
 
@@ -64,15 +65,17 @@ class AdapterConfig:
                                                 LoRA on the targeted attention projections
     loramoe                                     the same, but a router for each projection
     mola                                        experts of every targeted projection
+    milora                                      a LoRA on every targeted projection, of which the
+                                                prompt chooses top_k in each layer
 
-    None is the router's own default (layers/router.py), which `__post_init__` fills in.
+    None is the router's own default (layers/router.py, milora.py), which `__post_init__` fills in.
     """
 
-    peft_type: str | None = None  # LORA, MIXLORA, LORAMOE or MOLA, by routing_strategy
+    peft_type: str | None = None  # LORA, MIXLORA, LORAMOE, MOLA, MILORA by routing_strategy
     task_type: Literal["CAUSAL_LM", "QUESTION_ANS"] | None = "CAUSAL_LM"
     base_model_name_or_path: str | None = None
     r: int = 16
-    lora_alpha: float = 32
+    lora_alpha: float | None = None  # None: 32; of milora 8 r, since probabilities shrink updates
     lora_dropout: float = 0.0
     bias: Literal["none"] = "none"
     # ends of projections' paths, or a regular expression for whole paths, or "all-linear"
@@ -97,9 +100,13 @@ class AdapterConfig:
     router_init_range: float | None = None
     jitter_noise: float | None = None
     router_loss: bool | None = None
-    router_aux_loss_coef: float = 0.001
+    router_aux_loss_coef: float | None = None
     router_z_loss_coef: float | None = None
-    router_loss_scope: Literal["global", "per_layer"] = "global"
+    router_loss_scope: Literal["global", "per_layer"] | None = None
+    router_weight: Literal[ROUTER_WEIGHTS] | None = None
+    route_prompt: bool | None = None
+    pooler: Literal[tuple(POOLERS)] | None = None
+    router_act: Literal[ROUTER_ACTS] | None = None
 
     def __post_init__(self) -> None:
         if self.routing_strategy not in (None, *ROUTERS):
@@ -112,12 +119,19 @@ class AdapterConfig:
                 f"got {self.peft_type!r}"
             )
         self.peft_type = kind
+        if self.lora_alpha is None:
+            self.lora_alpha = 8 * self.r if self.routes_prompts else 32
         self._fill_in_router()
         _check(self, _lora_checks(self) | self._checks())
 
     @property
     def router(self) -> type[Router] | None:
         return ROUTERS.get(self.routing_strategy)
+
+    @property
+    def routes_prompts(self) -> bool:
+        """Whether one decision holds for all tokens of a sequence, which its whole prompt makes."""
+        return self.peft_type == "MILORA"
 
     def router_arguments(self) -> dict[str, Any]:
         """The settings that the router's constructor reads."""
@@ -135,8 +149,7 @@ class AdapterConfig:
     def _fill_in_router(self) -> None:
         """A setting takes its router's default; one that nothing would read is refused."""
         read = _router_keys(self.router) if self.router else {}
-        known = {key for router in ROUTERS.values() for key in _router_keys(router)}
-        for key in sorted(known):
+        for key in sorted(_router_keys()):
             if key in read:
                 is_computed = key == "expert_capacity" and self.capacity_factor is not None
                 if getattr(self, key) is None and not is_computed:
@@ -148,6 +161,9 @@ class AdapterConfig:
                 setattr(self, key, getattr(self.router, key))
             elif not self.router and getattr(self, key) is not None:
                 self._refuse(key)
+        for key in ("router_aux_loss_coef", "router_loss_scope"):
+            if getattr(self, key) is None:
+                setattr(self, key, getattr(self.router or Router, key))
         for key in ("capacity_factor", "capacity_seq_len"):
             if "expert_capacity" not in read and getattr(self, key) is not None:
                 self._refuse(key)
@@ -168,7 +184,7 @@ class AdapterConfig:
         def between(key: str, holds) -> bool:
             return getattr(self, key) is None or holds(getattr(self, key))
 
-        num_experts = self.num_experts or 0
+        num_experts = len(TARGETS) if self.routes_prompts else self.num_experts or 0
         fused = self.router is not None and self.router.kind == "MIXLORA"
         targets = self.target_modules
         return {
@@ -206,12 +222,19 @@ class AdapterConfig:
                 "shared, but with experts of a feed-forward",
             ),
             "use_dora": (
-                self.router is None or fused or not self.lora_arguments(True)["use_dora"],
+                self.router is None
+                or fused
+                or self.routes_prompts
+                or not self.lora_arguments(True)["use_dora"],
                 f"false for the experts of {self.routing_strategy}",
             ),
             "expert_lora": (
-                self.expert_lora is None or self.router is not None,
+                self.expert_lora is None or (self.router is not None and not self.routes_prompts),
                 "absent without experts",
+            ),
+            "router_loss_scope": (
+                not self.routes_prompts or self.router_loss_scope == "per_layer",
+                "per_layer for milora, whose layers choose among their own projections",
             ),
         }
 
@@ -253,6 +276,7 @@ class AdapterConfig:
         if self.router is not None:
             always |= {"routing_strategy", "num_experts", "top_k", "top_p", "temperature"}
             always |= {"expert_capacity", "act_fn"}
+            always |= {"router_weight", "route_prompt", "pooler", "router_act"}
         if self.expert_lora is not None:
             own = dataclasses.asdict(self.expert_lora)
             values["expert_lora"] = {k: _integer(v) for k, v in own.items() if v is not None}
@@ -261,10 +285,7 @@ class AdapterConfig:
             if part.get("lora_dropout") == 0:
                 part["lora_dropout"] = DROPOUT_FOR_ZERO if self.router is not None else 0.0
         written = {k: v for k, v in values.items() if k in always or v != plain[k]}
-        for key in ("top_k", "top_p", "temperature", "expert_capacity"):
-            if key in written and written[key] is None:
-                del written[key]
-        return written
+        return {k: v for k, v in written.items() if v is not None or k not in _router_keys()}
 
 
 def modern(name: Any, names: dict[str, str]) -> Any:
@@ -272,10 +293,13 @@ def modern(name: Any, names: dict[str, str]) -> Any:
     return names.get(name, name) if isinstance(name, str) else name
 
 
-def _router_keys(router: type[Router]) -> dict[str, Any]:
-    """The settings that a router's constructor reads, and its defaults."""
+def _router_keys(router: type[Router] | None = None) -> dict[str, Any]:
+    """The settings that a router's constructor reads, and its defaults; None: those of all."""
+    if router is None:
+        return {key: None for router in ROUTERS.values() for key in _router_keys(router)}
     parameters = inspect.signature(router.__init__).parameters.values()
-    return {p.name: p.default for p in parameters if p.name not in ("self", "in_features")}
+    of_the_model = ("self", "in_features", "num_modules")
+    return {p.name: p.default for p in parameters if p.name not in of_the_model}
 
 
 def _lora_checks(settings: LoraSettings | AdapterConfig) -> dict[str, tuple[bool, str]]:

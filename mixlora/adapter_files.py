@@ -6,6 +6,11 @@ without ever unpickling anything but tensors).
               mixlora.{path}.experts.{e}.{lora_A|lora_B}.weight   .lora_magnitude_vector
               mixlora.{path}.{lora_A|lora_B}.weight                  outside feed-forwards
     LORAMOE   loramoe.{path}.moe_gate.weight   .experts.{e}...   MOLA the same under mola.
+    MILORA    milora.{path}.{lora_A|lora_B}.weight   .lora_magnitude_vector                 ours
+              milora.layers.{L}.prompt_router.weight     a row for each targeted projection of the
+                                                         layer, in the order q k v o gate up down
+              milora.layers.{L}.prompt_router.query      pooler attention
+              milora.layers.{L}.prompt_router.numerator   .denominator      router_act rational
 
 {path} is the projection's in the checkpoint, for all but LORA without the leading "model.".
 MoE-PEFT's ancestor (mLoRA up to 0.4) had other names, which are read too.
@@ -30,7 +35,9 @@ from mixlora.files import (
     write_tensors,
 )
 from mixlora.layers.adapted_model import AdaptedModel
-from mixlora.layers.lora import Linear, Lora, LoraPair
+from mixlora.layers.lora import Linear, LoraPair
+from mixlora.layers.lora_mixture import LoraMixture
+from mixlora.layers.milora import PromptRouting
 from mixlora.layers.mixlora_ffn import PROJECTIONS, FeedForward
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -109,7 +116,7 @@ def adapter_tensors(model: AdaptedModel, name: str = "default") -> dict[str, Ten
     tensors: dict[str, Tensor] = {}
 
     def add(path: str, pair: LoraPair) -> None:
-        is_plain = isinstance(pair, Lora)
+        is_plain = pair.lora_A.dim() == 2
         for e, prefix in (
             [(..., path)]
             if is_plain
@@ -127,9 +134,12 @@ def adapter_tensors(model: AdaptedModel, name: str = "default") -> dict[str, Ten
             path = f"{kind.lower()}.{path.removeprefix('model.')}"
         if isinstance(module, Linear) and name in module.adapters:
             adapter = module.adapters[name]
-            if not isinstance(adapter, Lora):
+            if isinstance(adapter, LoraMixture):
                 tensors[f"{path}.moe_gate.weight"] = adapter.moe_gate.weight
             add(path, adapter)
+        if isinstance(module, PromptRouting) and name in module.adapters:
+            for key, parameter in module.adapters[name].named_parameters():
+                tensors[f"{path}.{key}"] = parameter
         if isinstance(module, FeedForward) and name in module.mixtures:
             mixture = module.mixtures[name]
             tensors[f"{path}.moe_gate.weight"] = mixture.moe_gate.weight

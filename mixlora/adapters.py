@@ -12,6 +12,7 @@ from mixlora.errors import InputError, did_you_mean
 from mixlora.layers.adapted_model import AdaptedModel
 from mixlora.layers.lora import Linear, Lora
 from mixlora.layers.lora_mixture import LoraMixture
+from mixlora.layers.milora import MiLora, PromptRouting
 from mixlora.layers.mixlora_ffn import PROJECTIONS, FeedForward, MixLora
 from mixlora.layers.router import Router
 
@@ -38,6 +39,12 @@ def check_adapter(model: AdaptedModel, config: AdapterConfig, name: str = "defau
             f"target_modules: {config.target_modules!r} fits none of the model's projections, "
             f"such as {next(iter(sites))}"
         )
+    for routing, paths in _routed(model, config).items() if config.routes_prompts else ():
+        if config.top_k > len(paths):
+            raise InputError(
+                f"top_k must be at most the number of a layer's targets, {len(paths)} in layer "
+                f"{routing.layer}, got {config.top_k}"
+            )
 
 
 def add_adapter(model: AdaptedModel, config: AdapterConfig, name: str = "default") -> None:
@@ -58,7 +65,7 @@ def add_adapter(model: AdaptedModel, config: AdapterConfig, name: str = "default
     for path, base in targets.items():
         if kind == "MOLA" or (kind == "LORAMOE" and path in of_ffn):
             adapter = LoraMixture(base, router(base), **experts)
-        elif kind == "MIXLORA" and path in of_ffn:
+        elif kind == "MILORA" or (kind == "MIXLORA" and path in of_ffn):
             continue
         else:
             adapter = Lora(base, **lora)
@@ -75,6 +82,12 @@ def add_adapter(model: AdaptedModel, config: AdapterConfig, name: str = "default
                 **experts,
             )
             ffn.mixtures[name] = mixture.to(device)
+    for routing, paths in _routed(model, config).items() if kind == "MILORA" else ():
+        gate = config.router(routing.hidden_size, len(paths), **config.router_arguments())
+        routing.adapters[name] = gate.to(device)
+        for module, path in enumerate(paths):
+            adapter = MiLora(targets[path], routing.layer, module, **lora)
+            targets[path].adapters[name] = adapter.to(device)
     model.adapter_configs[name] = config
     model.active_adapter = name
     model.train(model.training)
@@ -211,6 +224,20 @@ def config_of(model: AdaptedModel, name: str) -> AdapterConfig:
 def _sites(model: AdaptedModel) -> dict[str, Linear]:
     """Every projection that an adapter may go around, by its path in the model."""
     return {path: x for path, x in model.named_modules() if isinstance(x, Linear)}
+
+
+def _routed(model: AdaptedModel, config: AdapterConfig) -> dict[PromptRouting, list[str]]:
+    """The targets of every block that has some, in the model's order, by its prompt routing."""
+    blocks = {
+        path.rpartition(".")[0]: x
+        for path, x in model.named_modules()
+        if isinstance(x, PromptRouting)
+    }
+    routed: dict[PromptRouting, list[str]] = {}
+    for path in filter(lambda path: _is_target(path, config), _sites(model)):
+        (routing,) = (x for block, x in blocks.items() if path.startswith(f"{block}."))
+        routed.setdefault(routing, []).append(path)
+    return routed
 
 
 def _ends_in(path: str, target: str) -> bool:

@@ -56,6 +56,7 @@ def save_checkpoint(
     tensors = {
         f"{key}.{moment}": optimizer.state[parameter][moment]
         for key, parameter in trained_parameters(model, name).items()
+        if parameter in optimizer.state  # one that never had a gradient has none: MiLoRA's may not
         for moment in MOMENTS
     }
     tensors[GENERATOR] = generator.get_state()
@@ -75,8 +76,12 @@ def load_checkpoint(
     generator: torch.Generator,
 ) -> int:
     """Restore adapter, optimizer and random generator; returns the number of steps done."""
-    parameters = trained_parameters(model, name)
     file = TensorFile(path / OPTIMIZER_FILE)
+    parameters = {
+        key: parameter
+        for key, parameter in trained_parameters(model, name).items()
+        if f"{key}.step" in file.shapes
+    }
     wanted = {f"{key}.step": () for key in parameters} | {GENERATOR: generator.get_state().shape}
     for key, parameter in parameters.items():
         wanted |= {f"{key}.{moment}": parameter.shape for moment in MOMENTS[1:]}

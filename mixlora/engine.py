@@ -204,7 +204,9 @@ class Engine:
 
     def _is_whole(self, request: Request) -> bool:
         """Whether its prompt must not be cut."""
-        return False
+        if request.adapter is None:
+            return False
+        return self.model.adapter_configs[request.adapter].routes_prompts
 
     def _close_ranks(self) -> None:
         """Rows in use are the first ones: a forward computes all up to the last."""

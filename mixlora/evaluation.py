@@ -273,19 +273,22 @@ def log_probs_after(
     model: AdaptedModel, sequences: Sequence[tuple[list[int], int]], batch_size: int
 ) -> Iterator[tuple[int, Tensor]]:
     """For each (tokens, first): its index, and the log-probabilities [P, V] of the next token at
-    each position from `first` on. Short sequences come first: little padding."""
+    each position from `first` on; the tokens up to it are the prompt. Short sequences come first:
+    little padding."""
     device = next(model.parameters()).device
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         B, S = len(batch), len(sequences[batch[-1]][0])
         tokens_BS = torch.zeros(B, S, dtype=torch.long)
-        mask_BS, select_BS = torch.zeros(2, B, S, dtype=torch.bool)
+        mask_BS, select_BS, prompt_BS = torch.zeros(3, B, S, dtype=torch.bool)
         for b, (tokens, first) in enumerate(sequences[i] for i in batch):
             tokens_BS[b, : len(tokens)] = torch.tensor(tokens)
             mask_BS[b, : len(tokens)] = True
             select_BS[b, first : len(tokens)] = True
-        inputs = {"mask_BS": mask_BS.to(device), "select_BS": select_BS.to(device)}
+            prompt_BS[b, : first + 1] = True
+        inputs = {"mask_BS": mask_BS, "select_BS": select_BS, "prompt_BS": prompt_BS}
+        inputs = {key: x.to(device) for key, x in inputs.items()}
         with model.evaluating():
             logits = model(tokens_BS.to(device), **inputs).float().log_softmax(-1).cpu()
         yield from zip(batch, logits.split(select_BS.sum(1).tolist()), strict=True)

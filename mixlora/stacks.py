@@ -11,11 +11,13 @@ from mixlora.adapters import adapter_parameters, config_of
 from mixlora.layers.adapted_model import AdaptedModel
 from mixlora.layers.context import Member
 from mixlora.layers.lora import Linear, Lora
+from mixlora.layers.milora import MiLora
 from mixlora.layers.mixlora_ffn import FeedForward, MixLora
-from mixlora.layers.stack import LoraStack, MixLoraStack
+from mixlora.layers.stack import LoraStack, MiLoraStack, MixLoraStack
 
 RANK_STEP = 8  # ranks of a stack are padded to a multiple of it
 FIRST_SIZE = 4  # a full stack is made anew, twice as large
+STACKS = {Lora: LoraStack, MiLora: MiLoraStack}  # of the adapters of a projection
 
 
 @dataclass
@@ -92,7 +94,7 @@ class Stacks:
         for site in _sites(self.model, name).values():
             if isinstance(site, Linear):
                 pair = site.adapters[name]
-                new = LoraStack(stack.name, pair, site, stack.size, _rank(pair))
+                new = STACKS[type(pair)](stack.name, pair, site, stack.size, _rank(pair))
                 site.adapters[stack.name] = new.eval()
             else:
                 mixture = site.mixtures[name]
@@ -126,7 +128,7 @@ def _sites(model: AdaptedModel, name: str) -> dict[str, Linear | FeedForward] | 
     sites: dict[str, Linear | FeedForward] = {}
     for path, module in model.named_modules():
         if isinstance(module, Linear) and name in module.adapters:
-            if type(module.adapters[name]) is not Lora:
+            if type(module.adapters[name]) not in STACKS:
                 return None
             sites[path] = module
         elif isinstance(module, FeedForward) and name in module.mixtures:
@@ -141,7 +143,8 @@ def _shape(model: AdaptedModel, name: str, sites: dict[str, Linear | FeedForward
     for path, site in sites.items():
         if isinstance(site, Linear):
             pair = site.adapters[name]
-            parts.append((path, _rank(pair), pair.lora_magnitude_vector is not None))
+            module = getattr(pair, "module", None)
+            parts.append((path, _rank(pair), pair.lora_magnitude_vector is not None, module))
         else:
             mixture = site.mixtures[name]
             pairs = tuple((_rank(x), x.lora_magnitude_vector is None) for x in _pairs(mixture))

@@ -19,6 +19,7 @@ from mixlora.layers.adapted_model import AdaptedModel
 from mixlora.layers.context import ForwardContext, Span
 from mixlora.layers.kv_cache import KvCache
 from mixlora.layers.lora import Linear
+from mixlora.layers.milora import PromptRouting
 from mixlora.layers.mixlora_ffn import FeedForward
 from models import common
 from models.common import (
@@ -115,6 +116,7 @@ class Block(nn.Module):
     def __init__(self, config: GemmaConfig, layer: int) -> None:
         super().__init__()
         D, eps = config.hidden_size, config.rms_norm_eps
+        self.prompt_router = PromptRouting(D, layer)
         self.input_layernorm = RMSNorm(D, eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(D, eps)
@@ -128,6 +130,7 @@ class Block(nn.Module):
         cache: KvCache | None,
         context: ForwardContext,
     ) -> Tensor:
+        self.prompt_router(x_BSD, context)
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, mask_B1SL, cache, context)
         return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD), context)
 
@@ -191,6 +194,7 @@ class Gemma(AdaptedModel):
             cache,
             mask_BS=mask_BS,
             segments_BS=segments_BS,
+            prompt_BS=prompt_BS,
             positions_BS=positions_BS,
             labels_BS=labels_BS,
             select_BS=select_BS,
@@ -296,6 +300,7 @@ class Gemma2Block(nn.Module):
     def __init__(self, config: Gemma2Config, layer: int) -> None:
         super().__init__()
         D, eps = config.hidden_size, config.rms_norm_eps
+        self.prompt_router = PromptRouting(D, layer)
         self.input_layernorm = RMSNorm(D, eps)
         self.self_attn = Gemma2Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(D, eps)
@@ -311,6 +316,7 @@ class Gemma2Block(nn.Module):
         cache: KvCache | None,
         context: ForwardContext,
     ) -> Tensor:
+        self.prompt_router(x_BSD, context)
         y_BSD = self.self_attn(self.input_layernorm(x_BSD), rope, mask_B1SL, cache, context)
         x_BSD = x_BSD + self.post_attention_layernorm(y_BSD)
         y_BSD = self.mlp(self.pre_feedforward_layernorm(x_BSD), context)

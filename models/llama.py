@@ -18,6 +18,7 @@ from mixlora.layers.adapted_model import AdaptedModel
 from mixlora.layers.context import ForwardContext, Span
 from mixlora.layers.kv_cache import KvCache
 from mixlora.layers.lora import Linear
+from mixlora.layers.milora import PromptRouting
 from mixlora.layers.mixlora_ffn import FeedForward
 from models.common import Head, RMSNorm, attention_mask, check_sizes, next_token_loss, positions_of
 from models.rotary import Rope, apply_rotary, rotary
@@ -82,6 +83,7 @@ class Block(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
         D, eps = config.hidden_size, config.rms_norm_eps
+        self.prompt_router = PromptRouting(D, layer)
         self.input_layernorm = RMSNorm(D, eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(D, eps)
@@ -95,6 +97,7 @@ class Block(nn.Module):
         cache: KvCache | None,
         context: ForwardContext,
     ) -> Tensor:
+        self.prompt_router(x_BSD, context)
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, mask_B1SL, cache, context)
         return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD), context)
 
@@ -139,8 +142,9 @@ class Llama(AdaptedModel):
 
         mask True = real token, padding on either side; positions default to each token's place
         among the real tokens of its row or segment; segments are document ids of packed rows,
-        which do not see each other; prompt is for adapters that pool it (none here does);
-        adapters names each row's, or gives their spans in order; None = the active one.
+        which do not see each other; prompt True = token that MiLoRA pools, None = the tokens before
+        the first label, without labels all; adapters names each row's, or gives their spans in
+        order; None = the active one.
         """
         context = self.begin(
             tokens_BS,
@@ -148,6 +152,7 @@ class Llama(AdaptedModel):
             cache,
             mask_BS=mask_BS,
             segments_BS=segments_BS,
+            prompt_BS=prompt_BS,
             positions_BS=positions_BS,
             labels_BS=labels_BS,
             select_BS=select_BS,

@@ -17,6 +17,7 @@ from mixlora.layers.adapted_model import AdaptedModel
 from mixlora.layers.context import ForwardContext, Span
 from mixlora.layers.kv_cache import KvCache
 from mixlora.layers.lora import Linear
+from mixlora.layers.milora import PromptRouting
 from mixlora.layers.mixlora_ffn import FeedForward
 from models.common import Head, RMSNorm, attention_mask, check_sizes, next_token_loss, positions_of
 from models.rotary import Rope, apply_rotary, rotary
@@ -80,6 +81,7 @@ class Block(nn.Module):
     def __init__(self, config: MistralConfig, layer: int) -> None:
         super().__init__()
         D, eps = config.hidden_size, config.rms_norm_eps
+        self.prompt_router = PromptRouting(D, layer)
         self.input_layernorm = RMSNorm(D, eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(D, eps)
@@ -93,6 +95,7 @@ class Block(nn.Module):
         cache: KvCache | None,
         context: ForwardContext,
     ) -> Tensor:
+        self.prompt_router(x_BSD, context)
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, mask_B1SL, cache, context)
         return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD), context)
 
@@ -138,6 +141,7 @@ class Mistral(AdaptedModel):
             cache,
             mask_BS=mask_BS,
             segments_BS=segments_BS,
+            prompt_BS=prompt_BS,
             positions_BS=positions_BS,
             labels_BS=labels_BS,
             select_BS=select_BS,

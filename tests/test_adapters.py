@@ -11,7 +11,7 @@ import mixlora
 from mixlora import AdapterConfig
 from mixlora.adapter_config import LoraSettings
 from mixlora.adapter_files import CONFIG_FILE, PICKLED_FILE, TENSOR_FILE
-from mixlora.adapters import adapter_parameters
+from mixlora.adapters import adapter_parameters, freeze_but
 from mixlora.errors import InputError
 from mixlora.optim import OptimConfig, make_optimizer, set_lr
 from tests.numerics import assert_close
@@ -37,6 +37,14 @@ KINDS = {
     "MoLA": {"routing_strategy": "mola", "num_experts": 4, "router_loss": True},
     "MixLoRA of two projections": {**MIXLORA, "target_modules": ["q_proj", "up_proj"]},
     "MixLoRA of attention alone": {**MIXLORA, "target_modules": ["k_proj"]},
+    "MiLoRA": {"routing_strategy": "milora", "top_k": 7},
+    "MiDoRA": {"routing_strategy": "milora", "top_k": 7, "use_dora": True, "router_act": "relu"},
+    "MiLoRA of two projections": {
+        "routing_strategy": "milora",
+        "target_modules": r".*\.0\.self_attn\.[qv]_proj",
+        "pooler": "mean",
+        "top_k": 1,
+    },
     "MixLoRA with another activation": {**MIXLORA, "act_fn": "relu", "use_rslora": True},
 }
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -92,6 +100,10 @@ def test_published_configs() -> None:
         {"routing_strategy": "mixlora", "expert_lora": {"r": 4, "use_dora": True}},
         {"routing_strategy": "loramoe", "num_experts": 6},
         {"routing_strategy": "mola", "router_loss": True, "router_init_range": 1.0},
+        {"routing_strategy": "milora", "router_weight": "probability", "route_prompt": True},
+        {"routing_strategy": "milora", "router_weight": "straight_through", "top_k": 7},
+        {"routing_strategy": "milora", "route_prompt": False, "pooler": "max", "use_dora": True},
+        {"routing_strategy": "milora", "router_act": "gelu", "router_aux_loss_coef": 0.1},
     ],
 )
 def test_config_round_trip(values: dict) -> None:
@@ -473,12 +485,13 @@ def test_everything_trains_and_nothing_frozen_changes(kind: dict) -> None:
     before = {key: x.clone() for key, x in model.state_dict().items()}
     optimizer = make_optimizer(parameters, OptimConfig(lr=1e-2, weight_decay=0.0), 1.0)
     tokens_BS = some_tokens(8, 40)
+    labels_BS = tokens_BS.where(torch.arange(40) >= 5, -100)
     for _ in range(3):
-        loss, num_labels = model(tokens_BS, labels_BS=tokens_BS)
+        loss, num_labels = model(tokens_BS, labels_BS=labels_BS)
         optimizer.zero_grad()
         (loss / num_labels + model.router_loss()).backward()
         optimizer.step()
-    if kind.get("routing_strategy"):
+    if kind.get("routing_strategy") not in (None, "milora"):  # which counts prompts, of which 8 are
         for routing in model.routing("default"):
             assert routing.count_E.min() > 0
     after = model.state_dict()
@@ -505,3 +518,37 @@ def test_lower_loss_after_training() -> None:
         (loss / num_labels + model.router_loss()).backward()
         optimizer.step()
     assert losses[-1] < losses[0] / 4
+
+
+def test_what_a_milora_file_holds(tmp_path) -> None:
+    """Every option of its own, whatever the defaults; names and shapes of every tensor."""
+    targets = ["v_proj", "up_proj"]
+    model = filled({"routing_strategy": "milora", "top_k": 1, "target_modules": targets})
+    mixlora.save_adapter(model, tmp_path)
+    values = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert values["peft_type"] == "MILORA"
+    own = {"top_k", "router_weight", "route_prompt", "pooler", "router_act", "lora_alpha"}
+    assert own <= values.keys() and "num_experts" not in values
+    expected: dict[str, list[int]] = {}
+    for layer in range(2):
+        at = f"milora.layers.{layer}"
+        expected |= pair_shapes(f"{at}.self_attn.v_proj", 4, 32, 16)
+        expected |= pair_shapes(f"{at}.mlp.up_proj", 4, 32, 48)
+        expected[f"{at}.prompt_router.weight"] = [2, 32]
+        expected[f"{at}.prompt_router.query"] = [32]
+        expected[f"{at}.prompt_router.numerator"] = [7]
+        expected[f"{at}.prompt_router.denominator"] = [5]
+    tensors = load_file(tmp_path / TENSOR_FILE)
+    assert {name: list(x.shape) for name, x in tensors.items()} == expected
+
+
+def test_parts_of_milora(capsys) -> None:
+    model = filled({"routing_strategy": "milora", "top_k": 1})
+    mixlora.print_trainable_parameters(model)
+    (line,) = capsys.readouterr().out.splitlines()
+    routers = 2 * (7 * 32 + 32 + 12)
+    assert f"routers {routers:,}, experts " in line
+    freeze_but(model, "default", ["routers"])
+    model(TOKENS_BS, labels_BS=TOKENS_BS)[0].backward()
+    trained = {key for key, p in adapter_parameters(model).items() if p.grad is not None}
+    assert trained and all(".prompt_router." in key for key in trained)

@@ -25,6 +25,7 @@ from mixlora.tasks import load_examples
 from mixlora.tasks.choice import Example
 from mixlora.tokenizer import Tokenizer
 from tests.conftest import write_rows
+from tests.tiny import add_filled
 
 LETTERS = Example("the cat sat on\nAnswer:", ("A", "B", "C"), 1)
 DIGITS = Example("ten dogs ran\nAnswer:", ("1", "2", "3"), 0)
@@ -58,6 +59,22 @@ def label_log_prob(
     return sum(
         log_prob_SV[len(before) + i - 1, token].item() for i, token in enumerate(answer)
     )  # the logits at s are for the token at s + 1
+
+
+def test_a_prompt_router_sees_no_label(checkpoint: Path, tokenizer: Tokenizer) -> None:
+    model = models.load(checkpoint)
+    add_filled(model, routing_strategy="milora", top_k=2)
+    for example, row in zip(EXAMPLES, score_labels(model, tokenizer, EXAMPLES, 3), strict=True):
+        before = tokenizer.encode(example.prompt)
+        for label, found in zip(example.labels, row.log_probs, strict=True):
+            whole = tokenizer.encode(f"{example.prompt} {label}")
+            tokens_BS = torch.tensor([whole])
+            prompt_BS = (torch.arange(len(whole)) < len(before))[None]
+            with torch.no_grad():
+                log_prob_SV = model(tokens_BS, prompt_BS=prompt_BS)[0].log_softmax(-1)
+            places = range(len(before), len(whole))
+            wanted = sum(log_prob_SV[i - 1, whole[i]].item() for i in places)
+            assert found == pytest.approx(wanted, abs=1e-4)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=["letters", "digits", "words", "nested", "mixed"])

@@ -281,6 +281,8 @@ KINDS = {
     "switch": {"routing_strategy": "mixlora-switch", "r": 2, "num_experts": 3, "ffn_dropout": 0.1},
     "mola": {"routing_strategy": "mola", "r": 2, "num_experts": 3, "router_loss": True},
     "loramoe": {"routing_strategy": "loramoe", "r": 2, "num_experts": 3},
+    "milora": {"routing_strategy": "milora", "r": 2, "top_k": 1, "lora_dropout": 0.1},
+    "midora": {"routing_strategy": "milora", "r": 2, "top_k": 3, "use_dora": True},
 }
 
 
@@ -300,6 +302,46 @@ def test_every_kind_trains_and_resumes_exactly(
     run(settings, tmp_path, "--resume")
     assert metrics(folder) == metrics(tmp_path / "whole")
     assert_same_weights(weights(folder), weights(tmp_path / "whole"))
+
+
+MILORA = {"routing_strategy": "milora", "r": 4, "top_k": 2, "router_weight": "straight_through"}
+
+
+def test_milora_learns(settings: dict, tmp_path: Path) -> None:
+    settings |= {"adapter": MILORA}
+    settings["train"]["steps"] = 30
+    steps = metrics(run(settings, tmp_path))
+    losses = [step["loss"] for step in steps]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    for step in steps:
+        assert [len(load) for load in step["expert_load"]] == [7, 7]
+        assert 0 < step["router_loss"] <= 0.07  # 1e-2 when balanced, 7e-2 when one takes all
+
+
+def test_modules_that_were_never_active_resume_too(settings: dict, tmp_path: Path) -> None:
+    """AdamW has no moments for them: one sample makes two modules of seven active."""
+    settings |= {"adapter": MILORA}
+    settings["train"] = {"steps": 3, "batch_size": 1, "max_seq_len": 96}
+    settings["run"] |= {"save_every_steps": 1, "keep_last": 9}
+    folder = run(settings, tmp_path)
+    first = folder / "default/checkpoints/step-000001/optimizer.safetensors"
+    assert sum(key.endswith("lora_A.step") for key in TensorFile(first).shapes) == 2 * 2
+    expected_metrics, expected_weights = metrics(folder), weights(folder)
+    for step in (2, 3):
+        shutil.rmtree(folder / f"default/checkpoints/step-00000{step}")
+    run(settings, tmp_path, "--resume")
+    assert metrics(folder) == expected_metrics
+    assert_same_weights(weights(folder), expected_weights)
+
+
+def test_milora_needs_to_know_the_prompt(settings: dict, tmp_path: Path, capsys) -> None:
+    settings |= {"adapter": MILORA}
+    settings["data"]["loss_on"] = "text"
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    assert train.main(["--config", str(path)]) == 2
+    assert "data.loss_on must be answer with routing_strategy milora" in capsys.readouterr().err
+    assert not Path(settings["run"]["dir"]).exists()
 
 
 def test_parts_of_a_trained_adapter(settings: dict, tmp_path: Path) -> None:

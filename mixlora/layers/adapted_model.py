@@ -13,6 +13,7 @@ from mixlora.layers.context import (
     ForwardContext,
     Member,
     Span,
+    before_labels,
     check_spans,
     spans_of,
     stacked_rows,
@@ -49,22 +50,27 @@ class AdaptedModel(nn.Module):
         *,
         mask_BS: Tensor | None = None,
         segments_BS: Tensor | None = None,
+        prompt_BS: Tensor | None = None,
+        labels_BS: Tensor | None = None,
         **others_BS: Tensor | None,
     ) -> ForwardContext:
         """Check a forward's inputs and make its context.
 
         `adapters` names each row's or tells its place in a stack, or is their spans; None = the
-        active one for all.
+        active one for all. `prompt_BS` None: the tokens before the first label, without labels all;
+        behind a prompt that the cache holds none.
         """
         if tokens_BS.dim() != 2 or tokens_BS.dtype not in (torch.int64, torch.int32):
             got = f"{tokens_BS.dtype} {list(tokens_BS.shape)}"
             raise InputError(f"tokens must be integers [B, S], got {got}")
         B, S = tokens_BS.shape
-        tensors = {"mask_BS": mask_BS, "segments_BS": segments_BS, **others_BS}
+        tensors = {"mask_BS": mask_BS, "segments_BS": segments_BS, "prompt_BS": prompt_BS}
+        tensors |= {"labels_BS": labels_BS, **others_BS}
         for name, x_BS in tensors.items():
             if x_BS is not None and x_BS.shape != (B, S):
                 raise InputError(f"{name} must be [B, S] = [{B}, {S}], got {list(x_BS.shape)}")
-            if x_BS is not None and name in ("mask_BS", "select_BS") and x_BS.dtype != torch.bool:
+            is_bool = name in ("mask_BS", "prompt_BS", "select_BS")
+            if x_BS is not None and is_bool and x_BS.dtype != torch.bool:
                 raise InputError(f"{name} must be bool, got {x_BS.dtype}")
         if cache is not None and segments_BS is not None:
             raise InputError("segments_BS needs cache=None: packed rows are not continued")
@@ -80,10 +86,30 @@ class AdaptedModel(nn.Module):
         for name in {span.name for span in spans} - {None, *self.adapter_configs}:
             hint = did_you_mean(name, self.adapter_configs)
             raise InputError(f"the model has no adapter named {name!r}{hint}")
-        recompute_ffn = self.recompute_ffn and self.training
+        continues_B = torch.zeros(B, dtype=torch.bool)
+        if cache is not None:
+            continues_B = cache.seen_B[cache.selected] > 0
+        if prompt_BS is None and labels_BS is not None:
+            prompt_BS = before_labels(labels_BS, segments_BS)
+        elif prompt_BS is None:
+            prompt_BS = (~continues_B).to(tokens_BS.device)[:, None].expand(B, S)
+        else:
+            for span in spans:
+                config = self.adapter_configs.get(span.name)
+                rows = slice(span.start, span.end)
+                if config and config.routes_prompts and continues_B[rows].any():
+                    if prompt_BS[rows].any():
+                        raise InputError(
+                            f"prompt_BS: the cache holds {cache.length} tokens already, but MiLoRA "
+                            "routes by the whole prompt: prefill it in one forward"
+                        )
         self._context = ForwardContext(
-            *(spans, mask_BS, segments_BS, cache, recompute_ffn, self.generators),
-            stacked_rows(spans, adapters or (), self.stack_sizes, tokens_BS),
+            *(spans, mask_BS, segments_BS, cache),
+            recompute_ffn=self.recompute_ffn and self.training,
+            generators=self.generators,
+            stacked=stacked_rows(spans, adapters or (), self.stack_sizes, tokens_BS),
+            prompt_BS=prompt_BS if mask_BS is None else prompt_BS & mask_BS,
+            continues_B=continues_B.tolist(),
         )
         return self._context
 

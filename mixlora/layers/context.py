@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,10 @@ class ForwardContext:
     # (span, layer) -> its Routing: a block that is computed again finds its experts here
     routing: dict[tuple[Span, Any], Any] = field(default_factory=dict)
     seeds: dict[tuple[Span, Any, int], int] = field(default_factory=dict)  # and its dropout here
+    prompt_BS: Tensor | None = None  # True = token that a prompt router pools, never padding
+    continues_B: Sequence[bool] = ()  # the cache holds tokens of a row: its prompt is behind it
+    # (span, layer) -> for each of its modules, which of the span's tokens it changes
+    gates: dict[tuple[Span, int], list[Any]] = field(default_factory=dict)
 
     def adapters_of(self, span: Span) -> list[str]:
         """The names under which layers may hold something for a span's rows."""
@@ -70,8 +75,25 @@ class ForwardContext:
             return [span.name]
         return [name for stacked, name in self.stacked if stacked == span]
 
+    def continues(self, span: Span) -> bool:
+        return any(self.continues_B[span.start : span.end])
+
     def sequences(self, span: Span, layer: Any) -> "Sequences":
         return Sequences(self, span, layer)
+
+    @cached_property
+    def document_BS(self) -> Tensor:
+        """Which document of its row each token of packed rows belongs to, from 0."""
+        return starts(self.segments_BS).cumsum(1) - 1
+
+    @cached_property
+    def prompts_BQS(self) -> Tensor:
+        """The tokens of the prompt of each row's q-th document; Q is 1 but in packed rows."""
+        if self.segments_BS is None:
+            return self.prompt_BS[:, None]
+        num_documents = int(self.document_BS.max()) + 1 if self.document_BS.numel() else 1
+        document_Q1 = torch.arange(num_documents, device=self.prompt_BS.device)[:, None]
+        return self.prompt_BS[:, None] & (self.document_BS[:, None] == document_Q1)
 
 
 @dataclass
@@ -98,6 +120,10 @@ class Sequences:
         return None if mask_BS is None else self.span.rows(mask_BS).flatten()
 
     @property
+    def prompts_BQS(self) -> Tensor:
+        return self.span.rows(self.context.prompts_BQS.mT).mT
+
+    @property
     def chosen_TK(self) -> Tensor | None:
         """The experts chosen before, where a block is computed again in backward."""
         routing = self.context.routing.get((self.span, self.layer))
@@ -114,14 +140,8 @@ class Sequences:
         B = self.span.end - self.span.start
         mask_T, segments_BS, cache = self.mask_T, self.context.segments_BS, self.context.cache
         chosen_TE = chosen_TE if mask_T is None else chosen_TE * mask_T[:, None]
-        chosen_BSE = chosen_TE.unflatten(0, (B, -1))
-        place_BSE = chosen_BSE.cumsum(1)
-        if segments_BS is not None:  # what was counted before a document's first token
-            segments_BS = self.span.rows(segments_BS)
-            starts_BS = torch.ones_like(segments_BS, dtype=torch.bool)
-            starts_BS[:, 1:] = segments_BS[:, 1:] != segments_BS[:, :-1]
-            before_BSE = (place_BSE - chosen_BSE) * starts_BS[..., None]
-            place_BSE = place_BSE - before_BSE.cummax(1).values
+        segments_BS = None if segments_BS is None else self.span.rows(segments_BS)
+        place_BSE = counted(chosen_TE.unflatten(0, (B, -1)), segments_BS)
         if cache is not None:
             key = self.layer, chosen_TE.shape[1]
             seen_BE = cache.state(key)
@@ -153,6 +173,35 @@ def put_together(parts: Sequence[Tensor], S: int) -> Tensor:
     """Spans' rows [B, S or less, D], one below the other: [B, S, D], zero where one has none."""
     parts = [x if x.shape[1] == S else F.pad(x, (0, 0, 0, S - x.shape[1])) for x in parts]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def starts(segments_BS: Tensor) -> Tensor:
+    """True at the first token of every document of packed rows."""
+    starts_BS = torch.ones_like(segments_BS, dtype=torch.bool)
+    starts_BS[:, 1:] = segments_BS[:, 1:] != segments_BS[:, :-1]
+    return starts_BS
+
+
+def counted(count_BSE: Tensor, segments_BS: Tensor | None) -> Tensor:
+    """Running sums along the row, from 0 in every document."""
+    sum_BSE = count_BSE.cumsum(1)
+    if segments_BS is None:
+        return sum_BSE
+    before_BSE = (sum_BSE - count_BSE) * starts(segments_BS)[..., None]
+    return sum_BSE - before_BSE.cummax(1).values
+
+
+def before_labels(labels_BS: Tensor, segments_BS: Tensor | None) -> Tensor:
+    """True at the tokens of a document before its first label (-100 = none).
+
+    Its first token is always one of them: nothing predicts it, whatever its label.
+    """
+    is_label_BS = labels_BS != -100
+    if segments_BS is None:
+        is_label_BS[:, :1] = False
+    else:
+        is_label_BS &= ~starts(segments_BS)
+    return counted(is_label_BS[..., None].long(), segments_BS)[..., 0] == 0
 
 
 def spans_of(names: Sequence[str | Member | None]) -> tuple[Span, ...]:

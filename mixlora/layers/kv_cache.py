@@ -35,6 +35,7 @@ class KvCache:
         self.max_len = max_len
         self.seen_B = torch.zeros(num_rows, dtype=torch.long)  # tokens, on the host
         self.states: dict[Any, Tensor] = {}  # what layers keep of the rows, by their own keys
+        self.memo: dict[Any, Any] = {}  # what layers worked out of the states
         self.selected: slice | Tensor = slice(0, num_rows)
 
     def rows(self, selected: slice | Tensor) -> "KvCache":
@@ -111,15 +112,17 @@ class KvCache:
 
     def clear(self, row: int) -> None:
         self.seen_B[row] = 0
-        for state in self.states.values():
-            state[row] = 0
+        with torch.inference_mode(False):  # as above
+            for state in self.states.values():
+                state[row] = 0
 
     def move(self, source: int, target: int) -> None:
         """Give a row the place of another, whose content is lost; the source is cleared."""
         seen = int(self.seen_B[source])
         for store in (self.key, self.value):
             store[:, target, :, :seen] = store[:, source, :, :seen]
-        for state in self.states.values():
-            state[target] = state[source]
+        with torch.inference_mode(False):
+            for state in self.states.values():
+                state[target] = state[source]
         self.seen_B[target] = seen
         self.clear(source)

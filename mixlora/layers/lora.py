@@ -159,11 +159,16 @@ def of_dropped(
 
 
 def rescale(y_NO: Tensor, delta_NO: Tensor, scale_NO: Tensor, base: Linear) -> Tensor:
-    """scale (W x + delta) + b of y = W x + b. Written so that a scale of 1 changes no bit, and a
-    scale near 1 keeps its digits in bf16."""
+    """scale (W x + delta) + b of y = W x + b."""
+    return y_NO + dora_change(y_NO, delta_NO, scale_NO, base)
+
+
+def dora_change(y_NO: Tensor, delta_NO: Tensor, scale_NO: Tensor, base: Linear) -> Tensor:
+    """scale (W x + delta) + b - y of y = W x + b. Written so that a scale of 1 changes no bit of
+    y, and a scale near 1 keeps its digits in bf16."""
     adapted_NO = y_NO + delta_NO
     product_NO = adapted_NO if base.bias is None else adapted_NO - base.bias
-    return adapted_NO + (scale_NO - 1).to(y_NO.dtype) * product_NO
+    return delta_NO + (scale_NO - 1).to(y_NO.dtype) * product_NO
 
 
 def init_lora_a(lora_a: Tensor, lora_init: str) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from mixlora.layers.context import Sequences
 from mixlora.ops.topk_router import Routing, routing_sums, topk_router
@@ -22,6 +23,8 @@ class Router(nn.Module, abc.ABC):
 
     kind = "MIXLORA"  # which mixtures it routes, under their peft_type
     router_loss = True  # whether the load-balance loss is on unless the settings say otherwise
+    router_loss_scope = "global"
+    router_aux_loss_coef = 0.001
     router_z_loss_coef = 0.0
 
     def __init__(
@@ -227,14 +230,16 @@ def load_balance_loss(
     `transformers`; the paper's eq. 8 counts the first and gives 1). "global" takes the shares
     over all layers together, as the published code does; "per_layer" averages the layers' losses.
     """
-    count_LE = torch.stack([routing.count_E for routing in layers])
-    prob_LE = torch.stack([routing.prob_E for routing in layers])
+    # layers may differ in their experts (MiLoRA's do in its targets): those it lacks count 0
+    count_LE = pad_sequence([routing.count_E for routing in layers], batch_first=True)
+    prob_LE = pad_sequence([routing.prob_E for routing in layers], batch_first=True)
+    num_experts_L = torch.tensor([len(routing.count_E) for routing in layers]).to(prob_LE)
     num_tokens_L1 = torch.stack([routing.num_tokens for routing in layers])[:, None]
     if scope == "global":
         count_LE, prob_LE = count_LE.sum(0, keepdim=True), prob_LE.sum(0, keepdim=True)
-        num_tokens_L1 = num_tokens_L1.sum(0, keepdim=True)
+        num_tokens_L1, num_experts_L = num_tokens_L1.sum(0, keepdim=True), num_experts_L[:1]
     num_tokens_L1 = num_tokens_L1.clamp_min(1)
-    loss_L = (count_LE / num_tokens_L1 * (prob_LE / num_tokens_L1)).sum(-1) * count_LE.shape[1]
+    loss_L = (count_LE / num_tokens_L1 * (prob_LE / num_tokens_L1)).sum(-1) * num_experts_L
     return loss_L.mean()
 
 

@@ -6,6 +6,7 @@ which tokens belong to which member. Ranks are padded with zeros, a member's sca
 B, and all is in the dtype that the kernels read. Of a member's place that is not taken all is zero.
 
     LoRA, DoRA    y += B_m A_m x, m = the token's member: the grouped operators, m as the expert
+    MiLoRA        the same, for tokens whose prompt chose the projection: others have no expert
     MixLoRA       expert e of member m is expert m E + e of one large mixture
 """
 
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from mixlora.layers.context import ForwardContext, Sequences, Span
-from mixlora.layers.lora import Linear, LoraPair, rescale
+from mixlora.layers.lora import Linear, LoraPair, dora_change, rescale
+from mixlora.layers.milora import MiLora, decisions
 from mixlora.layers.mixlora_ffn import PROJECTIONS, Experts, FeedForward, MixLora
 from mixlora.layers.router import Router
-from mixlora.ops import Routing, grouped_expand, grouped_shrink
+from mixlora.ops import Routing, grouped_expand, grouped_shrink, moe_sort
 
 
 class StackedPair(nn.Module):
@@ -79,6 +81,33 @@ class LoraStack(StackedPair):
             return y_BSO.add_(delta_BSO)
         scale_TO = self.lora_magnitude_vector[rows.member_T.long()]
         return rescale(y_BSO, delta_BSO, scale_TO.view_as(y_BSO), base)
+
+
+class MiLoraStack(LoraStack):
+    """Behind the prompt: what it chose is in the cache."""
+
+    def __init__(self, name: str, pair: MiLora, base: Linear, size: int, rank: int) -> None:
+        super().__init__(name, pair, base, size, rank)
+        self.size, self.layer, self.module = size, pair.layer, pair.module
+
+    def forward(
+        self, x_BSI: Tensor, y_BSO: Tensor, base: Linear, context: ForwardContext, span: Span
+    ) -> Tensor:
+        rows = context.stacked[span, self.name]
+        weight_B = span.rows(decisions(context.cache, self.layer))[:, self.module]
+        num_new = len(rows.member_T) // len(weight_B)
+        weight_T = weight_B.to(x_BSI.dtype).repeat_interleave(num_new)
+        member_T = rows.member_T.where(weight_T != 0, -1)
+        plan = moe_sort(member_T[:, None], self.size)
+        x_TI, y_TO = x_BSI.flatten(0, -2), y_BSO.flatten(0, -2)
+        a_T1R = grouped_shrink(x_TI, self.lora_A, plan)
+        if self.lora_magnitude_vector is None:
+            delta_TO = grouped_expand(a_T1R * weight_T[:, None, None], self.lora_B, plan)
+        else:
+            delta_TO = grouped_expand(a_T1R, self.lora_B, plan)
+            scale_TO = self.lora_magnitude_vector[member_T.long()]
+            delta_TO = weight_T[:, None] * dora_change(y_TO, delta_TO, scale_TO, base)
+        return y_BSO.add_(delta_TO.view_as(y_BSO))
 
 
 class StackedExperts(StackedPair):
