@@ -1,6 +1,6 @@
 """Which of MiLoRA's open options are its defaults: an experiment on the quickstart's tasks.
 
-    python -m benchmarks.milora_defaults [--seeds 0 1 2] [--steps 160] [--batch-size 16] [--arms 10]
+    python -m benchmarks.milora_defaults [--seeds 0 1 2] [--steps 160] [--batch-size 16] [--arms 12]
            [--output benchmarks/results/milora_defaults.json]
 
 Every arm of ARMS is trained on the four tasks together, as configs/quickstart.yaml says but for
@@ -56,6 +56,8 @@ ARMS = {
         "probability", 3, 8, route_prompt=False
     ),
     "probability, top 5, alpha 8 r": milora("probability", 5, 8),
+    "probability, top 3, alpha 16 r": milora("probability", 3, 16),
+    "straight_through, top 3, alpha 1 r": milora("straight_through", 3, 1),
 }
 
 
