@@ -34,6 +34,10 @@ class Fault(NamedTuple):
     old: str
     new: str
 
+    @property
+    def cuda(self) -> bool:
+        return self.file.endswith((".cu", ".cuh"))
+
 
 def read_faults(text: str) -> list[Fault]:
     faults, file, op = [], "", ""
@@ -81,10 +85,9 @@ def run_tests(tree: Path, op: str, cuda: bool = False) -> tuple[bool, str]:
 
 def try_fault(tree: Path, fault: Fault) -> tuple[str, str]:
     with Planted(tree, fault.file, fault.old, fault.new):
-        cuda = fault.file.endswith((".cu", ".cuh"))
-        if not cuda and build(tree).returncode:
+        if not fault.cuda and build(tree).returncode:
             return NOT_BUILT, ""
-        passes, test = run_tests(tree, fault.op, cuda)
+        passes, test = run_tests(tree, fault.op, fault.cuda)
     if test == NOT_BUILT:
         return NOT_BUILT, ""
     return ("SURVIVED", "") if passes else ("caught", test)
@@ -127,8 +130,8 @@ def main(words: list[str], only_check: bool) -> int:
         copy_tree(first)
         if (done := build(first)).returncode:
             sys.exit(f"{done.stdout[-2000:]}{done.stderr[-2000:]}")
-        for op in sorted({fault.op for fault in faults}):
-            if not run_tests(first, op)[0]:
+        for op, cuda in sorted({(fault.op, fault.cuda) for fault in faults}):
+            if not run_tests(first, op, cuda)[0]:
                 sys.exit(f"the tests of {op} fail without a fault")
         print(f"{len(faults)} faults, one at a time:", flush=True)
         trees.put(first)
