@@ -13,6 +13,7 @@
 
 #include "common/parallel.h"
 #include "dropout/dropout.h"
+#include "few_rows_linear/few_rows_linear.h"
 #include "grouped_lora/grouped_lora.h"
 #include "grouped_shrink/grouped_shrink.h"
 #include "moe_gather/moe_gather.h"
@@ -169,6 +170,19 @@ void check_moe_sort() {
 void check_rows(const Plan& plan) {
   const auto x_TD = normal<float>(T * D), y_ND = normal<float>(N * D), weight_TK = normal<float>(N);
   const int64_t seed = 5;
+#if !defined(MIXLORA_CUDA_ON_CPU)  // the library's product is as good there
+  check("few_rows_linear", [&](const auto& out) {
+    RUN(few_rows_linear,
+        {.x_TI = x_TD.data(),
+         .w_OI = y_ND.data(),
+         .bias_O = nullptr,
+         .y_TO = out(9 * N),
+         .T = 9,
+         .I = D,
+         .O = N,
+         .dtype = Dtype::kFloat32});
+  });
+#endif
   check("dropout", [&](const auto& out) {
     RUN(dropout,
         {.x_ND = x_TD.data(),

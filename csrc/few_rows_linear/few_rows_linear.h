@@ -1,4 +1,4 @@
-// The maths are in mixlora/ops/linear.py.
+// The maths are in mixlora/ops/few_rows_linear.py.
 #pragma once
 
 #include <cstdint>

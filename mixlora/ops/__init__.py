@@ -9,6 +9,7 @@ except ImportError as error:
 
 from mixlora.ops._switch import reference, use_reference
 from mixlora.ops.dropout import dropout, dropout_ref
+from mixlora.ops.few_rows_linear import few_rows_linear, few_rows_linear_ref
 from mixlora.ops.grouped_lora import grouped_lora, grouped_lora_ref
 from mixlora.ops.grouped_shrink import (
     grouped_expand,
@@ -29,6 +30,8 @@ __all__ = [
     "Routing",
     "dropout",
     "dropout_ref",
+    "few_rows_linear",
+    "few_rows_linear_ref",
     "grouped_expand",
     "grouped_expand_ref",
     "grouped_lora",

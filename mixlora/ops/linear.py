@@ -1,7 +1,6 @@
 """y = x W^T + b, the library's product, but for two cases on a CPU.
 
-Few rows without gradients, as in decoding: few_rows_linear reads W once, in place, where the
-library copies it first; what a row gets does not depend on the rows beside it, to the bit.
+Few rows without gradients, as in decoding, go to few_rows_linear.
 
 bf16 on a processor that has no bf16 products: torch emulates them there, at a fifth of
 fp32's speed in forward and at a fiftieth in backward. The factors are then widened to fp32, a block
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mixlora.ops._switch import use_reference
+from mixlora.ops.few_rows_linear import few_rows_linear
 
 WIDENED = 1 << 24  # elements of W at once: 64 MiB
 FEW_ROWS = 32  # with more, the library is faster: see docs/performance.md
@@ -28,18 +28,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear_ref(x, weight, bias)
     is_few = x.device.type == "cpu" and x.numel() <= FEW_ROWS * x.shape[-1]
     if is_few and not torch.is_grad_enabled():
-        y_TO = torch.ops.mixlora.few_rows_linear(x.flatten(0, -2), weight, bias)
+        y_TO = few_rows_linear(x.flatten(0, -2), weight, bias)
         return y_TO.view(*x.shape[:-1], len(weight))
     return _WideLinear.apply(x, weight, bias) if is_emulated(x) else linear_ref(x, weight, bias)
 
 
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
-
-
-@torch.library.register_fake("mixlora::few_rows_linear")
-def _(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    return x_TI.new_empty(len(x_TI), len(w_OI))
 
 
 def is_emulated(x: Tensor) -> bool:
