@@ -1,5 +1,6 @@
 """Every command of the README works. Training is cut short; make's targets are run dry."""
 
+import ast
 import json
 import re
 import shlex
@@ -65,6 +66,15 @@ def test_generate(capsys: pytest.CaptureFixture[str]) -> None:
     command = next(c for c in COMMANDS if "generate.py" in c)
     assert generate.main(shlex.split(command)[2:]) == 0
     assert capsys.readouterr().out.startswith("3 + 4 =")
+
+
+def test_the_engine_as_it_is_described(
+    quickstart_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", Path("docs/serving.md").read_text(), re.DOTALL)
+    exec(code.replace("runs/quickstart", str(quickstart_run)), {})
+    first, second = ast.literal_eval(capsys.readouterr().out.splitlines()[-1])
+    assert len(first) == len(second) == 8
 
 
 def test_prepare_then_train_on_ones_own_model_then_resume(
