@@ -47,10 +47,11 @@ def _number(x: float) -> float | str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """The CPU's allocator raises a plain RuntimeError."""
+    """The CPU's allocator raises a plain RuntimeError, and so does a kernel."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    words = ("DefaultCPUAllocator", "std::bad_alloc")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 @contextlib.contextmanager
