@@ -247,7 +247,7 @@ class AdapterTraining:
         """It changes no weight and no moment; what it was made of is written to a file."""
         step = self.step + 1
         path = self.folder / f"not-finite-{step:06d}.json"
-        samples = {i: self.dataset.samples[i] for i in self.order.samples(self.step)}
+        samples = [(i, self.dataset.samples[i]) for i in self.order.samples(self.step)]
         described = non_finite_report(self.parameters, samples, self.row_losses)
         numbers = f"loss {loss}, router loss {router_loss}, gradient norm {norm}"
         write_json(path, {"step": step, "found": numbers, **described})

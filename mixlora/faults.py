@@ -18,7 +18,9 @@ Result = TypeVar("Result")
 
 
 def non_finite_report(
-    parameters: Mapping[str, nn.Parameter], samples: Mapping[int, Sample], losses: Sequence[Tensor]
+    parameters: Mapping[str, nn.Parameter],
+    samples: Sequence[tuple[int, Sample]],
+    losses: Sequence[Tensor],
 ) -> dict:
     """As JSON: the step's samples by their index in the dataset, the loss of every row of its
     micro-batches, and norms of each trained tensor and of its gradient."""
@@ -34,7 +36,7 @@ def non_finite_report(
             }
             for name, parameter in parameters.items()
         },
-        "samples": [{"index": i, **sample._asdict()} for i, sample in samples.items()],
+        "samples": [{"index": i, **sample._asdict()} for i, sample in samples],
     }
 
 

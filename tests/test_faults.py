@@ -111,7 +111,7 @@ def test_a_step_that_is_not_finite_is_skipped(
 def test_skips_are_counted_over_a_resumed_run(poisoned: dict, tmp_path: Path, capsys) -> None:
     poisoned.pop("token")
     poisoned["train"] |= {"on_non_finite": "skip"}
-    poisoned["optim"]["schedule"] = "constant"
+    poisoned["run"]["plot"] = True  # of the other steps
     shutil.copytree(run(poisoned, tmp_path), tmp_path / "whole")
     poisoned["run"]["overwrite"] = True
     poisoned["train"]["max_skips"] = 1
@@ -121,6 +121,7 @@ def test_skips_are_counted_over_a_resumed_run(poisoned: dict, tmp_path: Path, ca
     assert not (folder / "default" / "adapter").exists()
     run(poisoned, tmp_path, "--resume", code=2)
     run({**poisoned, "train": {**poisoned["train"], "max_skips": 2}}, tmp_path, "--resume")
+    assert (folder / "summary.png").exists()
     assert metrics(folder) == metrics(tmp_path / "whole")
     assert_same_weights(weights(folder), weights(tmp_path / "whole"))
 
@@ -462,7 +463,9 @@ def test_a_long_run_needs_no_more_than_a_short_one(
     """Memory and descriptors at every checkpoint: a line through the latter four fifths of them
     rises by less than 1 MB in all. SOAK_STEPS says how long it is."""
     num_steps = int(os.environ.get("SOAK_STEPS", 10_000))
-    settings["train"] |= {"steps": num_steps, "batch_size": 2, "micro_batch_size": 1}
+    write_rows(tmp_path / "rows.jsonl", [{"text": "la " * n} for n in range(2, 9)])
+    settings["data"] = {"files": [{"path": str(tmp_path / "rows.jsonl")}], "loss_on": "text"}
+    settings["train"] |= {"steps": num_steps, "batch_size": 1, "micro_batch_size": None}
     settings["run"] |= {"save_every_steps": 50}
     kilobytes, descriptors = [], []
     real = train.AdapterTraining.save_state
