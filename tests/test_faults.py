@@ -466,6 +466,7 @@ def test_a_long_run_needs_no_more_than_a_short_one(
     write_rows(tmp_path / "rows.jsonl", [{"text": "la " * n} for n in range(2, 9)])
     settings["data"] = {"files": [{"path": str(tmp_path / "rows.jsonl")}], "loss_on": "text"}
     settings["train"] |= {"steps": num_steps, "batch_size": 1, "micro_batch_size": None}
+    settings["adapter"] = {**MIXLORA, "num_experts": 2, "target_modules": ["down_proj"]}
     settings["run"] |= {"save_every_steps": 50}
     kilobytes, descriptors = [], []
     real = train.AdapterTraining.save_state

@@ -84,8 +84,9 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("stop", [3, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stop", [1, 3, 4, 5])
 def test_every_kind(settings: dict, tmp_path: Path, adapter: dict, stop: int) -> None:
     settings["adapter"] = adapter
     settings["run"] |= EVERY_STEP
@@ -148,6 +149,7 @@ def test_signals_save_everything(
 ) -> None:
     """Two adapters, of which one is in the middle of a step when the signal comes."""
     train_of = settings["train"]
+    train_of["steps"] = 5
     settings["adapters"] = [
         {"name": "a", "adapter": {**LORA, "r": 4}, "train": {**train_of, "micro_batch_size": 7}},
         {"name": "b", "adapter": {**MIXLORA, "r": 2}},
@@ -177,6 +179,7 @@ def test_several_adapters_that_are_stopped_at_one_moment(
 ) -> None:
     settings["adapters"] = [{"name": name, "adapter": MIXLORA} for name in "ab"]
     settings["adapter"] = {}
+    settings["train"]["steps"] = 4
     shutil.copytree(run(settings, tmp_path), tmp_path / "whole")
     settings["run"]["overwrite"] = True
     stop_after(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -192,6 +195,7 @@ def test_a_signal_ends_an_evaluation_where_it_is(
     settings: dict, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     settings["eval"] = {"tasks": ["mine"]}
+    settings["train"]["steps"] = 2
     shutil.copytree(run(settings, tmp_path), tmp_path / "whole")
     settings["run"]["overwrite"] = True
     real, calls = train.score, []
