@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import yaml
 
 import train
 from mixlora.run_folder import may_change
-from mixlora.stopping import Stop
+from mixlora.stopping import SIGNALS, Stop
 from tests.conftest import ARC_ROWS, BOOLQ_ROWS, write_rows
 from tests.runs import LORA, MIXLORA, assert_same_weights, metrics, run, tiny_settings, weights
 
@@ -23,6 +24,22 @@ EVERY_STEP = {"save_every_steps": 1, "keep_last": 100}
 @pytest.fixture
 def settings(checkpoint: Path, task_folder: Path, tmp_path: Path) -> dict:
     return tiny_settings(checkpoint, task_folder, tmp_path / "run")
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """No signal is ignored, as it is where the tests run in the background."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        hear(number)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def hear(number: int) -> None:
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    signal.signal(number, usual)
 
 
 def forget(folder: Path, after: int, name: str = "default") -> None:
@@ -219,31 +236,38 @@ def test_a_signal_ends_an_evaluation_where_it_is(
 
 @pytest.mark.slow
 def test_as_a_program(settings: dict, tmp_path: Path) -> None:
-    """SIGINT ends the step, is saved and told; a second one does not wait."""
+    """What a shell sees; the second one goes on."""
     settings["train"]["steps"] = 100_000
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings))
     command = [sys.executable, "train.py", "--config", str(config)]
     log = tmp_path / "run" / "default" / "metrics.jsonl"
 
-    def start(*more: str) -> subprocess.Popen:
-        program = subprocess.Popen([*command, *more], stderr=subprocess.PIPE, text=True)
+    def stop(number: int, *more: str) -> tuple[int, str]:
+        """The exit code and what is said of a program that hears the signal in its first steps."""
         size = log.stat().st_size if log.exists() else 0
-        while not log.exists() or log.stat().st_size <= size:
-            assert program.poll() is None
-            time.sleep(0.01)
-        return program
+        program = subprocess.Popen(
+            [*command, *more],
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        try:
+            while not log.exists() or log.stat().st_size <= size:
+                assert program.poll() is None
+                time.sleep(0.01)
+            program.send_signal(number)
+            _, said = program.communicate(timeout=60)
+        finally:
+            program.kill()
+        return program.returncode, said
 
-    program = start()
-    program.send_signal(signal.SIGINT)
-    _, err = program.communicate(timeout=60)
-    assert program.returncode == 130 and "stopped by SIGINT" in err and "Traceback" not in err
+    code, said = stop(signal.SIGINT)
+    assert code == 130 and "stopped by SIGINT" in said and "Traceback" not in said
     done = len(metrics(tmp_path / "run"))
-    assert f"saved after step {done} of 100000" in err
-    program = start("--resume")
-    program.send_signal(signal.SIGTERM)
-    _, err = program.communicate(timeout=60)
-    assert program.returncode == 143 and "stopped by SIGTERM" in err
+    assert f"saved after step {done} of 100000" in said
+    code, said = stop(signal.SIGTERM, "--resume")
+    assert code == 143 and "stopped by SIGTERM" in said
     assert len(metrics(tmp_path / "run")) > done
 
 
