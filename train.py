@@ -2,15 +2,19 @@
 
 One YAML file says everything (docs/config.md). A run leaves in `run.dir`:
 
-    config.yaml                     the settings in full
+    config.yaml, data.json          the settings in full, and digests of the data
     <adapter>/metrics.jsonl         a line per step
     <adapter>/checkpoints/step-N/   what --resume goes on from
     <adapter>/adapter/              the trained adapter
     results.json, summary.png       accuracies of the base and of every adapter, and a picture
+
+docs/running.md says how a run is stopped and taken up, and what a failure leaves.
 """
 
 import dataclasses
+import functools
 import itertools
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -29,6 +33,7 @@ from mixlora.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from mixlora.data import Batch, Dataset, Order, collate, load_dataset
 from mixlora.errors import ArgumentParser, InputError, command
 from mixlora.evaluation import evaluate, load_questions
+from mixlora.faults import memory_for_training, non_finite_report
 from mixlora.files import write_json
 from mixlora.layers.adapted_model import AdaptedModel
 from mixlora.metrics import MetricsLog, Progress, routing_metrics, tell
@@ -42,7 +47,8 @@ from mixlora.report import (
     provenance,
     require_matplotlib,
 )
-from mixlora.run_folder import open_run_folder
+from mixlora.run_folder import digests, open_run_folder
+from mixlora.stopping import Stop
 from mixlora.tasks import data_file
 from mixlora.tokenizer import Tokenizer
 from mixlora.train_config import AdapterRun, EvalConfig, ModelConfig, TrainConfig
@@ -54,8 +60,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that win")
     parser.add_argument("--resume", action="store_true", help="go on with the run in run.dir")
+    parser.add_argument("--allow-changes", action="store_true", help="--resume with new settings")
     parser.add_argument("--print-config", action="store_true", help="print all settings and stop")
     options = parser.parse_intermixed_args(argv)
+    if options.allow_changes and not options.resume:
+        raise InputError("--allow-changes must go with --resume")
     config = configs.load(TrainConfig, options.config, options.overrides, mlora_config.translate)
     if options.print_config:
         print(configs.to_yaml(config), end="")
@@ -81,7 +90,8 @@ def main(argv: list[str]) -> int:
                 f"train.max_seq_len {run.train.max_seq_len} exceeds the model's "
                 f"max_position_embeddings {model.config.max_position_embeddings}"
             )
-    folder = open_run_folder(config, options.resume)
+    data = {r.name: digests(d, r.data) for r, d in zip(config.runs(), datasets, strict=True)}
+    folder = open_run_folder(config, data, options.resume, options.allow_changes)
 
     results: dict[str, dict] = {"base": {}}
     for run in config.runs():
@@ -93,13 +103,20 @@ def main(argv: list[str]) -> int:
         for run, dataset in zip(config.runs(), datasets, strict=True)
     )
     failed = []
-    for ended in fine_tune(model, waiting, config.run.together):
-        if ended.failure is None:
-            model.active_adapter = ended.name
-            results[ended.name] = score(model, tokenizer, asked_of[ended.name], ended.run.eval)
-        else:
-            failed.append(ended.name)
-        mixlora.remove_adapter(model, ended.name)
+    stop = Stop(folder / "stop")
+    with stop.listening():
+        for ended in fine_tune(model, waiting, config.run.together, stop):
+            if ended.failure is None:
+                model.active_adapter = ended.name
+                rest = model, tokenizer, asked_of[ended.name], ended.run.eval
+                results[ended.name] = stop.unless_asked(functools.partial(score, *rest))
+            else:
+                failed.append(ended.name)
+            mixlora.remove_adapter(model, ended.name)
+    if stop.by:
+        settings = folder / "config.yaml"
+        tell(f"stopped by {stop.by}; python train.py --config {settings} --resume goes on")
+        return stop.exit_code
     report(config, folder, results)
     if failed:
         raise InputError(f"stopped before their last step, as told above: {', '.join(failed)}")
@@ -151,6 +168,7 @@ class AdapterTraining:
         saved = checkpoints(folder / "checkpoints") if resume else []
         of_run = model, run.name, self.optimizer, self.generator
         self.step = load_checkpoint(saved[-1], *of_run) if saved else 0  # so many are done
+        self.saved_step = self.step
         if resume:
             print(f"{run.name}: goes on after step {self.step} of {self.num_steps}")
         self.log = MetricsLog(folder / "metrics.jsonl", self.step)
@@ -160,11 +178,16 @@ class AdapterTraining:
 
     @property
     def has_ended(self) -> bool:
-        return self.step == self.num_steps or self.failure is not None
+        return self.step >= self.num_steps or self.failure is not None
+
+    @property
+    def is_in_a_step(self) -> bool:
+        return bool(self.losses)
 
     def begin_step(self) -> None:
         self.began = time.perf_counter()
         self.losses: list[torch.Tensor] = []
+        self.row_losses: list[torch.Tensor] = []
         self.forwards: list[list[Routing]] = []
         self.batches: list[Batch] = []
         if self.has_ended:
@@ -185,6 +208,7 @@ class AdapterTraining:
         router_loss = self.model.router_loss(self.name) / len(self.batches)
         self.forwards.append(self.model.routing(self.name))
         self.losses.append(torch.stack([loss, router_loss]).detach())
+        self.row_losses.append(loss_B.detach())
         return loss + router_loss
 
     def end_micro_batch(self) -> None:
@@ -192,18 +216,14 @@ class AdapterTraining:
         if len(self.losses) < len(self.batches):
             return
         optim = self.run.optim
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.parameters.values(), optim.max_grad_norm or float("inf")
-        )
+        parameters = self.parameters.values()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         # a GPU is waited for here, once for all of the step's losses
         loss, router_loss = torch.stack(self.losses).double().sum(0).tolist()
-        if not torch.isfinite(norm):
-            self.failure = (
-                f"{self.name}: step {self.step + 1}: the gradient is not finite (loss {loss}); no "
-                "weight was changed in this step, checkpoints are in "
-                f"{self.folder / 'checkpoints'}"
-            )
+        if not math.isfinite(loss + router_loss + norm.item()):
+            self.drop_step(loss, router_loss, norm.item())
             return
+        torch.nn.utils.clip_grads_with_norm_(parameters, optim.max_grad_norm or math.inf, norm)
         lr = lr_at(self.step, self.num_steps, optim)
         set_lr(self.optimizer, lr)
         self.optimizer.step()
@@ -221,12 +241,59 @@ class AdapterTraining:
             **routing_metrics(self.forwards),
         )
         self.progress.advance(loss=f"{loss:.4f}", tokens_per_s=f"{speed:.0f}")
+        self.end_step()
+
+    def drop_step(self, loss: float, router_loss: float, norm: float) -> None:
+        """It changes no weight and no moment; what it was made of is written to a file."""
+        step = self.step + 1
+        path = self.folder / f"not-finite-{step:06d}.json"
+        samples = [(i, self.dataset.samples[i]) for i in self.order.samples(self.step)]
+        described = non_finite_report(self.parameters, samples, self.row_losses)
+        numbers = f"loss {loss}, router loss {router_loss}, gradient norm {norm}"
+        write_json(path, {"step": step, "found": numbers, **described})
+        told = (
+            f"{self.name}: step {step}: the loss or the gradient is not finite ({numbers}); no "
+            f"weight was changed, samples and norms are in {path}"
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        train = self.run.train
+        if train.on_non_finite == "stop" or self.log.num_skipped == train.max_skips:
+            used = f"train.max_skips {train.max_skips} are used up; "
+            told = f"{told}; {used if train.on_non_finite == 'skip' else ''}"
+            self.failure = f"{told}checkpoints are in {self.folder / 'checkpoints'}"
+            return
+        self.log.num_skipped += 1
+        tell(f"{told}; the step is skipped ({self.log.num_skipped} of {train.max_skips})")
+        self.step = step
+        self.log.write(step=step, skipped=path.name)
+        self.progress.advance()
+        self.end_step()
+
+    def end_step(self) -> None:
         if self.step % self.save.save_every_steps == 0 or self.step == self.num_steps:
-            save_checkpoint(
-                *(self.folder / "checkpoints", self.step, self.model, self.name),
-                *(self.optimizer, self.generator, self.save.keep_last),
-            )
+            self.save_state()
         self.begin_step()
+
+    def save_state(self) -> None:
+        save_checkpoint(
+            *(self.folder / "checkpoints", self.step, self.model, self.name),
+            *(self.optimizer, self.generator, self.save.keep_last),
+        )
+        self.saved_step = self.step
+
+    def pause(self) -> None:
+        """The run stops between two steps, and may go on."""
+        if self.step > self.saved_step:
+            self.save_state()
+        self.progress.close()
+        self.log.close()
+        tell(f"{self.name}: saved after step {self.step} of {self.num_steps}")
+
+    @property
+    def state(self) -> str:
+        shapes = ", ".join(str(list(batch.tokens_BS.shape)) for batch in self.batches)
+        saved = f"last checkpoint after step {self.saved_step}" if self.saved_step else "none saved"
+        return f"{self.name}, step {self.step + 1} with batches of {shapes} tokens, {saved}"
 
     def end(self) -> None:
         self.progress.close()
@@ -239,11 +306,12 @@ class AdapterTraining:
 
 
 def fine_tune(
-    model: AdaptedModel, waiting: Iterator[AdapterTraining], together: int | None
+    model: AdaptedModel, waiting: Iterator[AdapterTraining], together: int | None, stop: Stop
 ) -> Iterator[AdapterTraining]:
     """Train all that wait, so many at once (None = all), and give back each when it has ended.
 
-    The next micro-batches of several adapters go through the base model as one batch.
+    The next micro-batches of several adapters go through the base model as one batch. When the run
+    shall stop, each ends the step that it is in and is saved.
     """
     model.train()
     training = {adapter.name: adapter for adapter in itertools.islice(waiting, together)}
@@ -252,26 +320,41 @@ def fine_tune(
         for adapter in ended:
             adapter.end()
             yield training.pop(adapter.name)
-            training |= {adapter.name: adapter for adapter in itertools.islice(waiting, 1)}
+            if not stop.asked():
+                training |= {adapter.name: adapter for adapter in itertools.islice(waiting, 1)}
         if ended:
             continue
-        for batches in alike({name: adapter.next_batch() for name, adapter in training.items()}):
-            settings = [training[name].run.train for name in batches]
-            model.gradient_checkpointing = any(x.gradient_checkpointing for x in settings)
-            model.recompute_ffn = any(x.activation == "recompute" for x in settings)
-            batch, spans = joined(batches)
-            loss_B, _ = model(
-                batch.tokens_BS,
-                mask_BS=batch.mask_BS,
-                positions_BS=batch.positions_BS,
-                adapters=spans,
-                labels_BS=batch.labels_BS,
-                by_row=True,
-            )
-            losses = [training[span.name].loss(loss_B[span.start : span.end]) for span in spans]
-            torch.stack(losses).sum().backward()
-        for adapter in training.values():
-            adapter.end_micro_batch()
+        stops = stop.asked()
+        going = {name: x for name, x in training.items() if x.is_in_a_step or not stops}
+        if not going:
+            for adapter in training.values():
+                adapter.pause()
+            return
+        with memory_for_training(lambda going=going: "; ".join(x.state for x in going.values())):
+            for batches in alike({name: adapter.next_batch() for name, adapter in going.items()}):
+                forward_backward(model, going, batches)
+            for adapter in going.values():
+                adapter.end_micro_batch()
+
+
+def forward_backward(
+    model: AdaptedModel, training: dict[str, AdapterTraining], batches: dict[str, Batch]
+) -> None:
+    """Of adapters' next micro-batches, as one."""
+    settings = [training[name].run.train for name in batches]
+    model.gradient_checkpointing = any(x.gradient_checkpointing for x in settings)
+    model.recompute_ffn = any(x.activation == "recompute" for x in settings)
+    batch, spans = joined(batches)
+    loss_B, _ = model(
+        batch.tokens_BS,
+        mask_BS=batch.mask_BS,
+        positions_BS=batch.positions_BS,
+        adapters=spans,
+        labels_BS=batch.labels_BS,
+        by_row=True,
+    )
+    losses = [training[span.name].loss(loss_B[span.start : span.end]) for span in spans]
+    torch.stack(losses).sum().backward()
 
 
 def device_of(config: ModelConfig) -> str:

@@ -71,16 +71,17 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
-def differences(before: Any, after: Any, key: str = "") -> list[str]:
-    """ "key was x, is y" for every value in which two configs, or what they hold, differ."""
+def differences(before: Any, after: Any, key: str = "") -> dict[str, str]:
+    """key -> "was x, is y" for every value in which two configs, or what they hold, differ."""
     if dataclasses.is_dataclass(before) and type(before) is type(after):
         names = [field.name for field in dataclasses.fields(before)]
         pairs = [(name, getattr(before, name), getattr(after, name)) for name in names]
     elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         pairs = [(str(i), *pair) for i, pair in enumerate(zip(before, after, strict=True))]
     else:
-        return [] if before == after else [f"{key} was {before!r}, is {after!r}"]
-    return [line for name, a, b in pairs for line in differences(a, b, _join(key, name))]
+        return {} if before == after else {key: f"was {before!r}, is {after!r}"}
+    inner = [differences(a, b, _join(key, name)) for name, a, b in pairs]
+    return {key: change for changes in inner for key, change in changes.items()}
 
 
 def build(cls: type[Config], tree: Located, key: str = "") -> Config:

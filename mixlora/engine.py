@@ -312,12 +312,15 @@ def generate(
     if len(names) != len(prompts):
         raise InputError(f"adapters must be {len(prompts)} names, got {len(names)}")
     engine = Engine(model, min(len(prompts), MAX_ROWS), longest + max_new_tokens)
-    requests = [
-        engine.submit(
-            *(prompt, max_new_tokens, sampling, name, stop_tokens, partial(on_token, place), place)
-        )
-        for place, (prompt, name) in enumerate(zip(prompts, names, strict=True))
-    ]
-    engine.run()
-    engine.close()
+    try:
+        requests = [
+            engine.submit(
+                *(prompt, max_new_tokens, sampling, name, stop_tokens),
+                *(partial(on_token, place), place),
+            )
+            for place, (prompt, name) in enumerate(zip(prompts, names, strict=True))
+        ]
+        engine.run()
+    finally:
+        engine.close()
     return [request.tokens for request in requests]

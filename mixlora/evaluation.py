@@ -24,6 +24,7 @@ from torch import Tensor
 from mixlora.data import truncate
 from mixlora.engine import generate
 from mixlora.errors import InputError, did_you_mean
+from mixlora.faults import in_batches
 from mixlora.layers.adapted_model import AdaptedModel
 from mixlora.metrics import Progress
 from mixlora.tasks import TASKS, Read, Task, find_task, load_examples
@@ -207,16 +208,19 @@ def generate_answers(
     prompts = [tokenizer.encode(problem.prompt) for problem in problems]
     rows: dict[int, Row] = {}
     order = sorted(range(len(problems)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+
+    def answer(batch: Sequence[int]) -> list[tuple[str, bool]]:
         how = problems[batch[0]].generation
         max_new_tokens = min(how.max_new_tokens, limit // 2)
         room = limit - max_new_tokens
         cut = [truncate(prompts[i], room) if len(prompts[i]) > room else prompts[i] for i in batch]
         texts = generate_text(model, tokenizer, cut, max_new_tokens, how.stop)
-        for i, text in zip(batch, texts, strict=True):
+        return [(text, len(prompts[i]) > room) for i, text in zip(batch, texts, strict=True)]
+
+    for batch, answers in in_batches(order, batch_size, answer):
+        for i, (text, is_cut) in zip(batch, answers, strict=True):
             prompt, labels, right, _, how = problems[i]
-            row = Row(prompt, labels, right, len(prompts[i]) > room, how.read(text, labels))
+            row = Row(prompt, labels, right, is_cut, how.read(text, labels))
             row.generation = text
             if how.read_strictly:
                 row.strictly_right = how.read_strictly(text, labels) == right
@@ -277,8 +281,8 @@ def log_probs_after(
     little padding."""
     device = next(model.parameters()).device
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+
+    def log_probs(batch: Sequence[int]) -> Sequence[Tensor]:
         B, S = len(batch), len(sequences[batch[-1]][0])
         tokens_BS = torch.zeros(B, S, dtype=torch.long)
         mask_BS, select_BS, prompt_BS = torch.zeros(3, B, S, dtype=torch.bool)
@@ -291,7 +295,10 @@ def log_probs_after(
         inputs = {key: x.to(device) for key, x in inputs.items()}
         with model.evaluating():
             logits = model(tokens_BS.to(device), **inputs).float().log_softmax(-1).cpu()
-        yield from zip(batch, logits.split(select_BS.sum(1).tolist()), strict=True)
+        return logits.split(select_BS.sum(1).tolist())
+
+    for batch, log_prob_PV in in_batches(order, batch_size, log_probs):
+        yield from zip(batch, log_prob_PV, strict=True)
 
 
 class _Query(NamedTuple):

@@ -24,6 +24,7 @@ class MetricsLog:
         lines = path.read_text().splitlines(keepends=True) if path.exists() and first_step else []
         whole = [line for line in lines if line.endswith("\n")]
         kept = [line for line in whole if json.loads(line)["step"] <= first_step]
+        self.num_skipped = sum("skipped" in json.loads(line) for line in kept)  # steps
         write_bytes(path, "".join(kept).encode())
         self._file = open(path, "a", encoding="utf-8")
 

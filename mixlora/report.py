@@ -135,7 +135,8 @@ def plot_run(
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    curves = {name: [json.loads(line) for line in open(file)] for name, file in metrics.items()}
+    logs = {name: map(json.loads, open(file)) for name, file in metrics.items()}
+    curves = {name: [step for step in log if "loss" in step] for name, log in logs.items()}
     routed = {name: steps for name, steps in curves.items() if steps and steps[-1]["expert_load"]}
     loads = {name: _mean_load(steps) for name, steps in routed.items()}
     panels = 1 + bool(results) + len(loads)

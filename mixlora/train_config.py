@@ -30,6 +30,8 @@ class LoopConfig:
     activation: Literal["save", "recompute"] = "save"  # gate and up of the feed-forwards
     start_from: str | None = None  # an adapter's folder; None = fresh
     parts: list[Literal[PARTS]] = field(default_factory=lambda: list(PARTS))  # the rest is frozen
+    on_non_finite: Literal["stop", "skip"] = "stop"  # a step whose loss or gradient is
+    max_skips: int = 10  # such steps of a run
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -37,6 +39,8 @@ class LoopConfig:
         for key in ("steps", "epochs", "batch_size", "micro_batch_size", "max_seq_len"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise InputError(f"{key} must be >= 1, got {getattr(self, key)}")
+        if self.max_skips < 0:
+            raise InputError(f"max_skips must be >= 0, got {self.max_skips}")
         if not self.parts:
             raise InputError(f"parts must name at least one of {', '.join(PARTS)}")
 

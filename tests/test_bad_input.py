@@ -220,6 +220,15 @@ CONFIGS: dict[str, Case] = {
     "override past a list's end": override("data.tasks.1=boolq", "'1' is no index of a list of 1"),
     "override of no index": override("data.tasks.²=boolq", "'²' is no index of a list of 1"),
     "unknown option": override("--stpes", "--stpes", "--help"),
+    "changes without --resume": override(
+        "--allow-changes", "--allow-changes must go with --resume"
+    ),
+    "negative count of skips": override(
+        "train.max_skips=-1", "train.max_skips must be >= 0, got -1"
+    ),
+    "unknown policy": override(
+        "train.on_non_finite=ignore", "train.on_non_finite must be stop or skip, got 'ignore'"
+    ),
     "no config file": (
         lambda place: place.config.unlink(),
         Place.train,

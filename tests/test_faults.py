@@ -1,10 +1,489 @@
-"""Faults are planted by `make faults`; here, that they still can be."""
+"""Steps that go wrong, and that nothing else does for it: numbers that are not finite, memory that
+does not suffice, odd rows, long runs."""
 
+import hashlib
+import json
+import math
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import mixlora
+import models
+import train
+from mixlora.adapters import adapter_parameters, trained_parameters
+from mixlora.errors import InputError
+from mixlora.evaluation import evaluate, load_questions
+from mixlora.faults import in_batches, is_out_of_memory
+from mixlora.files import TensorFile, write_tensors
+from mixlora.layers.adapted_model import AdaptedModel
+from mixlora.tokenizer import Tokenizer
+from tests.conftest import write_rows
+from tests.runs import LORA, MIXLORA, assert_same_weights, metrics, run, tiny_settings, weights
+from tests.tiny import padded, tiny_model
+
+SLOW = pytest.mark.slow
+MILORA = {"routing_strategy": "milora", "r": 2, "top_k": 7, "lora_dropout": 0.1}
 
 
-def test_the_table_of_faults_fits_the_source() -> None:
-    command = [sys.executable, "tools/plant_faults.py", "--check"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.fixture
+def settings(checkpoint: Path, task_folder: Path, tmp_path: Path) -> dict:
+    return tiny_settings(checkpoint, task_folder, tmp_path / "run")
+
+
+# --- numbers that are not finite ------------------------------------------------------------------
+
+
+@pytest.fixture
+def poisoned(checkpoint: Path, tmp_path: Path, settings: dict) -> dict:
+    """Ten rows in batches of 3, of which the seventh has a token whose embedding is inf."""
+    folder = shutil.copytree(checkpoint, tmp_path / "poisoned")
+    file = TensorFile(folder / "model.safetensors")
+    tensors = {key: file[key].clone() for key in file.shapes}
+    (token,) = set(Tokenizer(folder).encode("a Z")) - set(Tokenizer(folder).encode("a "))
+    tensors["model.embed_tokens.weight"][token] = math.inf
+    write_tensors(folder / "model.safetensors", tensors)
+    rows = [{"instruction": f"sing {'Z' if i == 6 else i}", "output": "la " * i} for i in range(10)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    settings["model"]["base"] = str(folder)
+    settings["data"] = {"files": [{"path": str(tmp_path / "rows.jsonl")}]}
+    settings["train"] |= {"steps": 8, "batch_size": 3, "micro_batch_size": 2, "max_seq_len": 192}
+    settings["run"] |= {"save_every_steps": 1, "keep_last": 100}
+    settings["token"] = token
+    return settings
+
+
+def strict_json(path: Path) -> dict:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [MIXLORA, pytest.param(LORA, marks=SLOW), pytest.param(MILORA, marks=SLOW)],
+    ids=["mixlora", "lora", "milora"],
+)
+def test_a_step_that_is_not_finite_is_skipped(
+    poisoned: dict, tmp_path: Path, capsys, adapter: dict
+) -> None:
+    token = poisoned.pop("token")
+    poisoned["adapter"] = adapter
+    poisoned["train"] |= {"on_non_finite": "skip", "max_skips": 2}
+    folder = run(poisoned, tmp_path)
+    lines = metrics(folder)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    skipped = [line["step"] for line in lines if "skipped" in line]
+    assert len(skipped) == 2  # two epochs of four steps
+    told = capsys.readouterr().err
+    for count, step in enumerate(skipped, 1):
+        name = f"not-finite-{step:06d}.json"
+        assert f"default: step {step}: the loss or the gradient is not finite" in told
+        assert f"{name}; the step is skipped ({count} of 2)" in told
+        report = strict_json(folder / "default" / name)
+        (bad,) = (s for s in report["samples"] if token in s["tokens"])
+        assert bad["index"] == 6 and len(bad["tokens"]) == len(bad["labels"])
+        losses = [x for micro in report["row_losses"] for x in micro]
+        place = report["samples"].index(bad)
+        assert [isinstance(x, float) for x in losses] == [i != place for i in range(len(losses))]
+        for tensor in report["tensors"].values():
+            assert tensor["weight_norm"] >= 0
+        assert any(x["gradient_not_finite"] for x in report["tensors"].values())
+        if step > 1:
+            saved = folder / "default" / "checkpoints"
+            before, after = saved / f"step-{step - 1:06d}", saved / f"step-{step:06d}"
+            for file in ("adapter_model.safetensors", "optimizer.safetensors"):
+                a, b = TensorFile(before / file), TensorFile(after / file)
+                assert a.shapes == b.shapes
+                same = [torch.equal(a[key], b[key]) for key in a.shapes if "random" not in key]
+                assert all(same)
+    assert all(x.isfinite().all() for x in weights(folder).values())
+
+
+def test_skips_are_counted_over_a_resumed_run(poisoned: dict, tmp_path: Path, capsys) -> None:
+    poisoned.pop("token")
+    poisoned["train"] |= {"on_non_finite": "skip"}
+    poisoned["run"]["plot"] = True  # of the other steps
+    shutil.copytree(run(poisoned, tmp_path), tmp_path / "whole")
+    poisoned["run"]["overwrite"] = True
+    poisoned["train"]["max_skips"] = 1
+    folder = run(poisoned, tmp_path, code=2)
+    err = capsys.readouterr().err
+    assert "train.max_skips 1 are used up; checkpoints are in" in err
+    assert not (folder / "default" / "adapter").exists()
+    run(poisoned, tmp_path, "--resume", code=2)
+    run({**poisoned, "train": {**poisoned["train"], "max_skips": 2}}, tmp_path, "--resume")
+    assert (folder / "summary.png").exists()
+    assert metrics(folder) == metrics(tmp_path / "whole")
+    assert_same_weights(weights(folder), weights(tmp_path / "whole"))
+
+
+def nan_loss(loss: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    return loss * math.nan
+
+
+def inf_gradient(loss: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The loss itself is finite."""
+    return loss + (parameter.flatten()[0] * 0).abs().sqrt() * 1e30 * 1e30
+
+
+@pytest.mark.parametrize(
+    "fault, step",
+    [
+        (nan_loss, 4),
+        (inf_gradient, 1),
+        *(pytest.param(nan_loss, n, marks=SLOW) for n in (1, 2, 3, 5, 6)),
+        *(pytest.param(inf_gradient, n, marks=SLOW) for n in (2, 3, 4, 5, 6)),
+    ],
+)
+def test_after_a_fault_the_run_goes_on_as_if_it_had_not_been(
+    settings: dict, tmp_path: Path, monkeypatch, capsys, fault: Callable, step: int
+) -> None:
+    """In a step's second micro-batch; nothing of it is left in weights or moments."""
+    settings["run"] |= {"save_every_steps": 1, "keep_last": 100}
+    shutil.copytree(run(settings, tmp_path), tmp_path / "whole")
+    settings["run"]["overwrite"] = True
+    real = train.AdapterTraining.loss
+
+    def loss(self: train.AdapterTraining, loss_B: torch.Tensor) -> torch.Tensor:
+        if self.step == step - 1 and len(self.losses) == len(self.batches) - 1:
+            loss_B = fault(loss_B, next(iter(self.parameters.values())))
+        return real(self, loss_B)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.AdapterTraining, "loss", loss)
+        folder = run(settings, tmp_path, code=2)
+    err = capsys.readouterr().err
+    report = folder / "default" / f"not-finite-{step:06d}.json"
+    assert f"samples and norms are in {report}; checkpoints are in" in err
+    assert strict_json(report)["step"] == step
+    assert len(metrics(folder)) == step - 1
+    run(settings, tmp_path, "--resume")
+    assert metrics(folder) == metrics(tmp_path / "whole")
+    assert_same_weights(weights(folder), weights(tmp_path / "whole"))
+
+
+# --- memory that does not suffice -----------------------------------------------------------------
+
+
+def cpu_error() -> RuntimeError:
+    try:
+        torch.empty(1 << 60)
+    except RuntimeError as error:
+        return error
+    raise AssertionError("an exabyte was there")
+
+
+ERRORS = {
+    "gpu": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "cpu": cpu_error,
+}
+
+
+def test_what_is_an_out_of_memory_error() -> None:
+    assert all(is_out_of_memory(error()) for error in ERRORS.values())
+    assert is_out_of_memory(MemoryError()) and is_out_of_memory(RuntimeError("std::bad_alloc"))
+    assert not is_out_of_memory(RuntimeError("shapes differ")) and not is_out_of_memory(OSError())
+
+
+class Failing:
+    """What stands for a method and raises at its `at`-th call, or where `when` holds."""
+
+    def __init__(
+        self, real: Callable, error: Callable, at: int = 0, when: Callable = lambda *_: False
+    ) -> None:
+        self.real, self.error, self.at, self.when, self.calls = real, error, at, when, 0
+
+    def __call__(self, *arguments: object, **more: object) -> object:
+        self.calls += 1
+        if self.calls == self.at or self.when(*arguments):
+            raise self.error()
+        return self.real(*arguments, **more)
+
+
+@pytest.mark.parametrize(
+    "place, error",
+    [
+        ("forward", "cpu"),
+        pytest.param("forward", "gpu", marks=SLOW),
+        pytest.param("backward", "cpu", marks=SLOW),
+        pytest.param("optimizer", "cpu", marks=SLOW),
+    ],
+)
+def test_memory_that_fails_in_training(
+    settings: dict, tmp_path: Path, monkeypatch, capsys, error: str, place: str
+) -> None:
+    """At the k-th call for growing k, until none fails any more."""
+    settings["train"] |= {"steps": 2, "batch_size": 5}
+    settings["run"] |= {"save_every_steps": 1}
+    shutil.copytree(run(settings, tmp_path), tmp_path / "whole")
+    settings["run"]["overwrite"] = True
+    owner, name = {
+        "forward": (train, "forward_backward"),
+        "backward": (torch.Tensor, "backward"),
+        "optimizer": (torch.optim.AdamW, "step"),
+    }[place]
+    for at in range(1, 10):
+        with monkeypatch.context() as patch:
+            failing = Failing(getattr(owner, name), ERRORS[error], at)
+            patch.setattr(owner, name, lambda *a, failing=failing, **k: failing(*a, **k))
+            config = tmp_path / "config.yaml"
+            config.write_text(yaml.safe_dump(settings))
+            code = train.main(["--config", str(config)])
+        told = capsys.readouterr().err
+        if failing.calls < at:
+            break
+        assert code == 2 and "Traceback" not in told
+        assert told.splitlines()[-1].startswith("error: out of memory (")
+        knobs = ("gradient_checkpointing=true", "activation=recompute", "micro_batch_size")
+        assert all(f"train.{knob}" in told for knob in (*knobs, "max_seq_len"))
+        per_step = 1 if place == "optimizer" else 2
+        saved = "none saved" if at <= per_step else "last checkpoint after step 1"
+        assert f"in default, step {(at + per_step - 1) // per_step} with batches of [3, " in told
+        assert saved in told
+        run(settings, tmp_path, "--resume", "train.gradient_checkpointing=true")
+        assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+        assert_same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert at == 2 * per_step + 1 and code == 0
+
+
+@SLOW
+def test_memory_that_is_really_not_there(settings: dict, tmp_path: Path) -> None:
+    """The program may have 64 MB more than it has when training begins."""
+    settings["train"] |= {"batch_size": 4000, "micro_batch_size": 4000}
+    settings["data"] |= {"files": [{"path": str(tmp_path / "rows.jsonl")}]}
+    write_rows(tmp_path / "rows.jsonl", [{"instruction": "la " * 30, "output": "la"}] * 4000)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    limited = f"""
+import resource, sys, train
+real = train.AdapterTraining.begin_step
+def begin_step(self):
+    real(self)
+    pages = int(open("/proc/self/statm").read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + (64 << 20),) * 2)
+train.AdapterTraining.begin_step = begin_step
+sys.exit(train.main(["--config", {str(tmp_path / "config.yaml")!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: out of memory (")
+
+
+TASKS = {"mixlora-fixed": ["arc-e", "boolq"], "mixlora": ["arc-e"], "llm-adapters": ["arc-e"]}
+
+
+@pytest.mark.parametrize("protocol", TASKS)
+def test_an_evaluation_halves_its_batch_and_loses_no_row(
+    checkpoint: Path, task_folder: Path, monkeypatch, capsys, protocol: str
+) -> None:
+    model, tokenizer = models.load(checkpoint), Tokenizer(checkpoint)
+    questions = load_questions(protocol, task_folder, TASKS[protocol])
+    expected = evaluate(model, tokenizer, questions, 12, protocol)
+    capsys.readouterr()
+    real = type(model).forward
+    failing = Failing(real, ERRORS["gpu"], when=lambda model, tokens_BS, *_: len(tokens_BS) > 3)
+    monkeypatch.setattr(type(model), "forward", lambda *a, **k: failing(*a, **k))
+    results, rows = evaluate(model, tokenizer, questions, 12, protocol)
+    told = [x for x in capsys.readouterr().err.splitlines() if x.startswith("memory")]
+    assert told == ["memory does not suffice for 12 rows at once, but for 3"] * len(questions)
+    assert results == expected[0]
+    for task, expected_rows in expected[1].items():
+        for row, other in zip(rows[task], expected_rows, strict=True):
+            assert (row.prompt, row.prediction) == (other.prompt, other.prediction)
+    assert model.stack_sizes == {}
+
+
+def test_a_batch_of_one_that_does_not_fit(checkpoint: Path, task_folder: Path, monkeypatch) -> None:
+    model = models.load(checkpoint)
+    questions = load_questions("mixlora-fixed", task_folder, ["arc-e"])
+    failing = Failing(type(model).forward, ERRORS["cpu"], when=lambda *_: True)
+    monkeypatch.setattr(type(model), "forward", lambda *a, **k: failing(*a, **k))
+    with pytest.raises(InputError, match="out of memory in a batch of 1"):
+        evaluate(model, Tokenizer(checkpoint), questions, 5)
+    assert failing.calls == 3  # 5, 2, 1
+
+
+@pytest.mark.parametrize("at", range(1, 6))
+def test_batches(at: int, capsys) -> None:
+    work = Failing(lambda batch: [2 * x for x in batch], ERRORS["gpu"], at)
+    done = list(in_batches(range(10), 4, work))
+    assert [x for batch, _ in done for x in batch] == list(range(10))
+    assert [x for _, results in done for x in results] == list(range(0, 20, 2))
+    assert len(capsys.readouterr().err.splitlines()) == (at < 4)
+    other = Failing(lambda batch: 1, lambda: RuntimeError("another"), 1)
+    with pytest.raises(RuntimeError, match="another"):
+        list(in_batches(range(10), 4, other))
+
+
+# --- odd rows -------------------------------------------------------------------------------------
+
+ODD_ROWS = {
+    "one row": ([{"instruction": "sing", "output": "la"}], 0),
+    "empty strings": ([{"instruction": "", "output": ""}, {"instruction": "a", "output": "b"}], 0),
+    "only EOS is learned": ([{"instruction": "sing", "output": ""}], 0),
+    "an answer that is too long": (
+        [{"instruction": "a", "output": "la " * 400}, {"instruction": "a", "output": "b"}],
+        1,
+    ),
+    "a prompt that is too long": ([{"instruction": "la " * 400, "output": "b"}], 0),
+    "emoji, joined ones, right to left": (
+        [{"instruction": "👩‍👩‍👧‍👦 \u202eabc\u202c שלום", "output": "🏳️‍🌈 مرحبا"}],
+        0,
+    ),
+    "NUL": ([{"instruction": "a\x00b", "output": "\x00"}], 0),
+    "line ends": ([{"instruction": "a\r\nb\u2028c\x85d", "output": "\r\n"}], 0),
+    "BOM within": ([{"instruction": "\ufeffa", "output": "\ufeff"}], 0),
+    "special tokens as text": ([{"instruction": "<s>[INST]</s>", "output": "</s>"}], 0),
+}
+
+
+@pytest.mark.parametrize("name", ODD_ROWS)
+def test_odd_rows_train_or_are_counted(settings: dict, tmp_path: Path, capsys, name: str) -> None:
+    rows, num_skipped = ODD_ROWS[name]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    settings["data"] = {"files": [{"path": str(tmp_path / "rows.jsonl")}]}
+    settings["train"] |= {"steps": 2, "max_seq_len": 192}
+    folder = run(settings, tmp_path)
+    told = capsys.readouterr().out
+    assert f"default: {len(rows) - num_skipped} samples" in told
+    assert f" {num_skipped} skipped" in told
+    steps = metrics(folder)
+    assert len(steps) == 2
+    assert all(math.isfinite(x["loss"]) and x["grad_norm"] > 0 for x in steps)
+
+
+@pytest.mark.parametrize("masked", [[1], [0, 2], [0, 1, 2]])
+def test_rows_without_a_label_add_nothing(masked: list[int]) -> None:
+    """0 and not 0 / 0, alone and beside others."""
+    model = tiny_model()
+    mixlora.add_adapter(model, mixlora.AdapterConfig(r=4))
+    tokens_BS, mask_BS = padded([9, 5, 12], "right")
+    labels_BS = tokens_BS.masked_fill(~mask_BS, -100)
+    labels_BS[masked] = -100
+    loss_B, num_labels = model(tokens_BS, mask_BS=mask_BS, labels_BS=labels_BS, by_row=True)
+    assert (loss_B[masked] == 0).all() and loss_B.isfinite().all()
+    loss_B.sum().backward()
+    gradients = [p.grad for p in trained_parameters(model).values()]
+    assert all(x.isfinite().all() for x in gradients)
+    assert any(x.any() for x in gradients) == (len(masked) < 3)
+
+
+# --- what training changes ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "adapter", [MIXLORA, pytest.param(LORA, marks=SLOW)], ids=["mixlora", "lora"]
+)
+@pytest.mark.parametrize("key", [{"gradient_checkpointing": True}, {"activation": "recompute"}])
+def test_recomputing_changes_no_bit(
+    settings: dict, tmp_path: Path, adapter: dict, key: dict
+) -> None:
+    settings["adapter"] = adapter
+    shutil.copytree(run(settings, tmp_path), tmp_path / "saved")
+    settings["train"] |= key
+    settings["run"]["overwrite"] = True
+    folder = run(settings, tmp_path)
+    assert metrics(folder) == metrics(tmp_path / "saved")
+    assert_same_weights(weights(folder), weights(tmp_path / "saved"))
+
+
+EVERYWHERE = {
+    "mixlora": MIXLORA,
+    "lora": LORA,
+    "dora": {"r": 4, "use_dora": True},
+    "mixdora": {**MIXLORA, "use_dora": True},
+    "mola": {"routing_strategy": "mola", "r": 2, "num_experts": 3, "router_loss": True},
+    "loramoe": {"routing_strategy": "loramoe", "r": 2, "num_experts": 3},
+    "milora": MILORA,
+}
+
+
+def base_hash(model: AdaptedModel) -> str:
+    digest = hashlib.sha256()
+    names = model.adapter_configs
+    adapters = {p for name in names for p in adapter_parameters(model, name).values()}
+    for name, x in [*model.named_parameters(), *model.named_buffers()]:
+        if x not in adapters:
+            digest.update(name.encode())
+            digest.update(x.detach().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("mixlora", "milora") else SLOW)
+        for name in EVERYWHERE
+    ],
+)
+def test_every_trained_tensor_moves_and_no_other(
+    settings: dict, tmp_path: Path, monkeypatch, name: str
+) -> None:
+    settings |= {"adapter": EVERYWHERE[name]}
+    settings["train"]["steps"] = 3
+    before: dict[str, torch.Tensor] = {}
+    bases: list[str] = []
+    real_begin, real_end = train.begin_adapter, train.AdapterTraining.end
+
+    def begin(model: AdaptedModel, run: train.AdapterRun) -> None:
+        bases.append(base_hash(model))
+        real_begin(model, run)
+        parameters = trained_parameters(model, run.name)
+        before.update({key: x.detach().clone() for key, x in parameters.items()})
+
+    def end(self: train.AdapterTraining) -> None:
+        bases.append(base_hash(self.model))
+        assert self.parameters.keys() == before.keys()
+        still = [key for key, x in self.parameters.items() if torch.equal(x, before[key])]
+        assert still == []
+        real_end(self)
+
+    monkeypatch.setattr(train, "begin_adapter", begin)
+    monkeypatch.setattr(train.AdapterTraining, "end", end)
+    run(settings, tmp_path)
+    assert len(bases) == 3 and len(set(bases)) == 1
+
+
+# --- long runs ------------------------------------------------------------------------------------
+
+
+@SLOW
+def test_a_long_run_needs_no_more_than_a_short_one(
+    settings: dict, tmp_path: Path, monkeypatch
+) -> None:
+    """Memory and descriptors at every checkpoint: a line through the latter four fifths of them
+    rises by less than 1 MB in all. SOAK_STEPS says how long it is."""
+    num_steps = int(os.environ.get("SOAK_STEPS", 10_000))
+    write_rows(tmp_path / "rows.jsonl", [{"text": "la " * n} for n in range(2, 9)])
+    settings["data"] = {"files": [{"path": str(tmp_path / "rows.jsonl")}], "loss_on": "text"}
+    settings["train"] |= {"steps": num_steps, "batch_size": 1, "micro_batch_size": None}
+    settings["adapter"] = {**MIXLORA, "num_experts": 2, "target_modules": ["down_proj"]}
+    settings["run"] |= {"save_every_steps": 50}
+    kilobytes, descriptors = [], []
+    real = train.AdapterTraining.save_state
+
+    def save_state(self: train.AdapterTraining) -> None:
+        real(self)
+        status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+        kilobytes.append(int(status["VmRSS"].split()[0]))
+        descriptors.append(len(os.listdir("/proc/self/fd")))
+
+    monkeypatch.setattr(train.AdapterTraining, "save_state", save_state)
+    run(settings, tmp_path)
+    assert len(kilobytes) == num_steps // 50
+    late = torch.tensor(kilobytes[len(kilobytes) // 5 :], dtype=torch.float64)
+    place = torch.arange(len(late), dtype=torch.float64)
+    slope = ((place - place.mean()) * (late - late.mean())).sum() / place.var() / (len(late) - 1)
+    rise = slope.item() * len(late)
+    print(f"{num_steps} steps: {rise:.0f} kB, {set(descriptors)} descriptors, {kilobytes[::20]}")
+    assert abs(rise) < 1024
+    assert len(set(descriptors)) == 1

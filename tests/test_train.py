@@ -17,44 +17,20 @@ from mixlora.files import TensorFile
 from mixlora.sources import Source
 from mixlora.tokenizer import Tokenizer
 from tests.conftest import write_rows
-
-MIXLORA = {"routing_strategy": "mixlora", "r": 4, "num_experts": 4, "lora_dropout": 0.1}
-LORA = {"r": 8, "lora_dropout": 0.1}
+from tests.runs import (
+    LORA,
+    MIXLORA,
+    assert_same_weights,
+    metrics,
+    run,
+    tiny_settings,
+    weights,
+)
 
 
 @pytest.fixture
 def settings(checkpoint: Path, task_folder: Path, tmp_path: Path) -> dict:
-    return {
-        "model": {"base": str(checkpoint)},
-        "data": {"dir": str(task_folder), "tasks": ["arc-e", "boolq"]},
-        "adapter": MIXLORA,
-        "optim": {"lr": 0.01, "warmup_steps": 2},
-        "train": {"steps": 6, "batch_size": 7, "micro_batch_size": 3, "max_seq_len": 96},
-        "run": {"dir": str(tmp_path / "run"), "plot": False},
-    }
-
-
-def run(settings: dict, tmp_path: Path, *arguments: str) -> Path:
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    assert train.main(["--config", str(path), *arguments]) == 0
-    return Path(settings["run"]["dir"])
-
-
-def metrics(folder: Path, name: str = "default") -> list[dict]:
-    """Every step's line without its speed, which no two runs share."""
-    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
-    return [{**json.loads(line), "tokens_per_second": None} for line in lines]
-
-
-def weights(folder: Path, name: str = "default") -> dict[str, torch.Tensor]:
-    file = TensorFile(folder / name / "adapter" / "adapter_model.safetensors")
-    return {key: file[key] for key in file.shapes}
-
-
-def assert_same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+    return tiny_settings(checkpoint, task_folder, tmp_path / "run")
 
 
 def test_a_run_leaves_what_it_says(settings: dict, tmp_path: Path, capsys) -> None:
@@ -90,26 +66,6 @@ def test_a_run_leaves_what_it_says(settings: dict, tmp_path: Path, capsys) -> No
     mixlora.load_adapter(model, folder / "default" / "adapter")
     last = TensorFile(folder / "default/checkpoints/step-000006/adapter_model.safetensors")
     assert_same_weights(weights(folder), {key: last[key] for key in last.shapes})
-
-
-@pytest.mark.parametrize("adapter", [MIXLORA, LORA], ids=["mixlora", "lora"])
-@pytest.mark.parametrize("stop", [1, 3, 4, 6])
-def test_a_resumed_run_is_the_uninterrupted_one(
-    settings: dict, tmp_path: Path, adapter: dict, stop: int
-) -> None:
-    """24 samples in batches of 7: step 4 ends an epoch with a short batch."""
-    settings["adapter"] = adapter
-    settings["run"] |= {"save_every_steps": 1, "keep_last": 100}
-    whole = run(settings, tmp_path)
-    expected_metrics, expected_weights = metrics(whole), weights(whole)
-
-    for path in (whole / "default" / "checkpoints").iterdir():
-        if int(path.name.removeprefix("step-")) > stop:
-            shutil.rmtree(path)
-    shutil.rmtree(whole / "default" / "adapter")
-    resumed = run(settings, tmp_path, "--resume")
-    assert metrics(resumed) == expected_metrics
-    assert_same_weights(weights(resumed), expected_weights)
 
 
 @pytest.mark.parametrize("loss_on", ["answer", "text", "padded_text"])
@@ -160,14 +116,6 @@ def test_a_checkpoint_without_its_step(state: str, settings: dict, tmp_path: Pat
     path.write_text(state)
     assert train.main(["--config", str(folder / "config.yaml"), "--resume"]) == 2
     assert f"{path}: step must be a whole number >= 1, got" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("key", [{"gradient_checkpointing": True}, {"activation": "recompute"}])
-def test_recomputing_changes_no_bit(settings: dict, tmp_path: Path, key: dict) -> None:
-    expected = metrics(run(settings, tmp_path))
-    settings["train"] |= key
-    settings["run"]["overwrite"] = True
-    assert metrics(run(settings, tmp_path)) == expected
 
 
 def test_bfloat16_trains(settings: dict, tmp_path: Path) -> None:
@@ -231,20 +179,6 @@ def test_print_config_shows_every_key_and_does_nothing(
     assert not Path(settings["run"]["dir"]).exists()
 
 
-def test_a_loss_that_is_not_finite_stops_before_any_weight_changes(
-    settings: dict, tmp_path: Path, capsys, monkeypatch
-) -> None:
-    real, calls = train.lr_at, []
-    monkeypatch.setattr(train, "lr_at", lambda *a: calls.append(a) or real(*a) * 1e30)
-    path = tmp_path / "config.yaml"
-    settings["run"]["save_every_steps"] = 1
-    path.write_text(yaml.safe_dump(settings))
-    assert train.main(["--config", str(path)]) == 2
-    assert "not finite" in capsys.readouterr().err
-    saved = sorted((Path(settings["run"]["dir"]) / "default" / "checkpoints").iterdir())
-    assert len(saved) == min(len(calls), 2)  # every checkpoint is of a step that was whole
-
-
 def test_config_documentation_names_every_key() -> None:
     import dataclasses
     import typing
@@ -261,17 +195,6 @@ def test_config_documentation_names_every_key() -> None:
 
     wanted = [key for key in keys(train.TrainConfig) if not key.startswith("adapters.")]
     assert [key for key in wanted if f"`{key}`" not in text] == []
-
-
-def test_a_run_does_not_go_on_under_other_settings(settings: dict, tmp_path: Path, capsys) -> None:
-    folder = run(settings, tmp_path)
-    before = (folder / "config.yaml").read_text()
-    config = str(folder / "config.yaml")
-    for change in ("run.seed=1", "optim.lr=0.5", "adapter.r=8", "data.tasks=[boolq]"):
-        assert train.main(["--config", config, "--resume", change]) == 2
-        assert f"{change.partition('=')[0]} was" in capsys.readouterr().err
-        assert (folder / "config.yaml").read_text() == before
-    assert train.main(["--config", config, "--resume", "run.keep_last=1"]) == 0
 
 
 KINDS = {

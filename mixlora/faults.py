@@ -1,0 +1,97 @@
+"""What is told and kept when a step fails: numbers that are not finite, memory that does not
+suffice."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mixlora.data import Sample
+from mixlora.errors import InputError
+from mixlora.metrics import tell
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def non_finite_report(
+    parameters: Mapping[str, nn.Parameter],
+    samples: Sequence[tuple[int, Sample]],
+    losses: Sequence[Tensor],
+) -> dict:
+    """As JSON: the step's samples by their index in the dataset, the loss of every row of its
+    micro-batches, and norms of each trained tensor and of its gradient."""
+    return {
+        "row_losses": [[_number(x) for x in loss_B.tolist()] for loss_B in losses],
+        "tensors": {
+            name: {
+                "weight_norm": _norm(parameter),
+                "gradient_norm": None if parameter.grad is None else _norm(parameter.grad),
+                "gradient_not_finite": None
+                if parameter.grad is None
+                else int((~parameter.grad.isfinite()).sum()),
+            }
+            for name, parameter in parameters.items()
+        },
+        "samples": [{"index": i, **sample._asdict()} for i, sample in samples],
+    }
+
+
+def _norm(x: Tensor) -> float | str:
+    return _number(x.detach().double().norm().item())
+
+
+def _number(x: float) -> float | str:
+    return x if math.isfinite(x) else str(x)  # JSON has no nan
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """The CPU's allocator raises a plain RuntimeError, and so does a kernel."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    words = ("DefaultCPUAllocator", "std::bad_alloc")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+@contextlib.contextmanager
+def memory_for_training(state: Callable[[], str]) -> Iterator[None]:
+    """A failed allocation becomes one error, which says `state()`, and what would need less."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = str(error).partition(" Of the allocated memory")[0].strip()
+        raise InputError(
+            f"out of memory ({said or type(error).__name__}) in {state()}. Less is needed with "
+            "train.gradient_checkpointing=true or train.activation=recompute, with which --resume "
+            "goes on to the same bits; or, with --allow-changes, with a smaller "
+            "train.micro_batch_size or train.max_seq_len"
+        ) from None
+
+
+def in_batches(
+    items: Sequence[Item], size: int, work: Callable[[Sequence[Item]], Result]
+) -> Iterator[tuple[Sequence[Item], Result]]:
+    """(batch, work(batch)) for all items in order, `size` at a time, or half as many as often as
+    memory does not suffice."""
+    start, wanted = 0, size
+    while start < len(items):
+        batch = items[start : start + size]
+        try:
+            done = work(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                raise InputError("out of memory in a batch of 1: none is smaller") from None
+            size = len(batch) // 2
+        else:
+            if size < wanted:
+                tell(f"memory does not suffice for {wanted} rows at once, but for {size}")
+                wanted = size
+            yield batch, done
+            start += len(batch)
