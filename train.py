@@ -21,7 +21,7 @@ import torch
 import mixlora
 import models
 from mixlora import config as configs
-from mixlora import mlora_config
+from mixlora import mlora_config, processes
 from mixlora.adapter_files import read_tensors
 from mixlora.adapters import freeze_but, trained_parameters
 from mixlora.batches import alike, joined
@@ -33,6 +33,7 @@ from mixlora.files import write_json
 from mixlora.layers.adapted_model import AdaptedModel
 from mixlora.metrics import MetricsLog, Progress, routing_metrics, tell
 from mixlora.ops import Routing
+from mixlora.ops.philox import draw_seed
 from mixlora.optim import lr_at, make_optimizer, set_lr
 from mixlora.report import (
     accuracy_table,
@@ -49,6 +50,7 @@ from mixlora.train_config import AdapterRun, EvalConfig, ModelConfig, TrainConfi
 
 
 @command
+@processes.together
 def main(argv: list[str]) -> int:
     parser = ArgumentParser(description="Fine-tune adapters on tasks.")
     parser.add_argument("--config", required=True, help="YAML file")
@@ -69,8 +71,7 @@ def main(argv: list[str]) -> int:
         r.name: load_questions(r.eval.protocol, r.data.dir, r.eval.tasks, r.eval.max_rows)
         for r in config.runs()
     }
-    device = device_of(config.model)
-    model = models.load(config.model.base, getattr(torch, config.model.dtype), device)
+    model = load_model(config.model)
     tokenizer = Tokenizer(model.folder, model.config.vocab_size)
     datasets = [load_dataset(r.data, tokenizer, r.train.max_seq_len) for r in config.runs()]
     for run in config.runs():
@@ -81,7 +82,10 @@ def main(argv: list[str]) -> int:
                 f"train.max_seq_len {run.train.max_seq_len} exceeds the model's "
                 f"max_position_embeddings {model.config.max_position_embeddings}"
             )
-    folder = open_run_folder(config, options.resume)
+    folder = Path(config.run.dir)
+    if processes.is_first():
+        open_run_folder(config, options.resume)
+    processes.wait()
 
     results: dict[str, dict] = {"base": {}}
     for run in config.runs():
@@ -100,7 +104,8 @@ def main(argv: list[str]) -> int:
         else:
             failed.append(ended.name)
         mixlora.remove_adapter(model, ended.name)
-    report(config, folder, results)
+    if processes.is_first():
+        report(config, folder, results)
     if failed:
         raise InputError(f"stopped before their last step, as told above: {', '.join(failed)}")
     return 0
@@ -116,7 +121,8 @@ class AdapterTraining:
     """One adapter on its way: data, optimizer, schedule, log, checkpoints and random generator are
     its own, so that it learns the same whoever is trained beside it.
 
-    The loss of a step is that of all its label tokens, whatever the cut into micro-batches.
+    The loss of a step is that of all its label tokens, whatever the cut into micro-batches. These
+    are shared out over the processes, in rounds.
     """
 
     def __init__(
@@ -130,9 +136,7 @@ class AdapterTraining:
     ) -> None:
         torch.manual_seed(config.run.seed)
         begin_adapter(model, run)
-        # dropout is drawn on where the initial weights end
         self.generator = model.generators[run.name] = torch.Generator()
-        self.generator.set_state(torch.get_rng_state())
         mixlora.print_trainable_parameters(model, run.name)
         self.model, self.run, self.folder = model, run, folder
         self.name, self.save = run.name, config.run
@@ -144,7 +148,16 @@ class AdapterTraining:
             f"epoch, {dataset.num_truncated} truncated, {dataset.num_skipped} skipped (no answer, "
             "or longer than train.max_seq_len)"
         )
+        num_batches = -(
+            -run.train.batch_size // (run.train.micro_batch_size or run.train.batch_size)
+        )
+        if num_batches < processes.world_size():
+            tell(
+                f"{run.name}: a step's {num_batches} micro-batches leave some of "
+                f"{processes.world_size()} processes idle: train.micro_batch_size can be smaller"
+            )
         self.parameters = trained_parameters(model, run.name)
+        processes.copy_from_first(self.parameters.values())
         self.optimizer = make_optimizer(self.parameters, run.optim, run.adapter.loraplus_lr_ratio)
         self.num_steps = run.train.steps or run.train.epochs * self.order.steps_per_epoch
         folder.mkdir(parents=True, exist_ok=True)
@@ -166,37 +179,50 @@ class AdapterTraining:
         self.began = time.perf_counter()
         self.losses: list[torch.Tensor] = []
         self.forwards: list[list[Routing]] = []
-        self.batches: list[Batch] = []
+        self.batches: list[Batch | None] = []  # None: in this round others have one
+        self.num_rounds = 0  # that are done
         if self.has_ended:
             return
         chosen = [self.dataset.samples[i] for i in self.order.samples(self.step)]
         micro = self.run.train.micro_batch_size or self.run.train.batch_size
         parts = [chosen[i : i + micro] for i in range(0, len(chosen), micro)]
-        self.batches = [collate(part, self.device, self.dataset.pad_id) for part in parts]
-        self.num_labels = sum(batch.num_labels for batch in self.batches)
+        self.batches = [
+            part and collate(part, self.device, self.dataset.pad_id)
+            for part in processes.rounds(parts)
+        ]
+        # a micro-batch's dropout depends on its place alone, whoever computes it, and when
+        self.generator.manual_seed(self.save.seed * 1_000_003 + self.step)
+        self.seeds = processes.rounds([draw_seed(self.generator) for _ in parts])
+        self.num_batches = len(parts)
+        self.num_labels = sum(processes.gathered([b.num_labels for b in self.batches if b]))
         self.num_tokens = sum(len(sample.tokens) for sample in chosen)
 
-    def next_batch(self) -> Batch:
-        return self.batches[len(self.losses)]
+    def next_batch(self) -> Batch | None:
+        if self.seeds[self.num_rounds] is not None:
+            self.generator.manual_seed(self.seeds[self.num_rounds])
+        return self.batches[self.num_rounds]
 
     def loss(self, loss_B: torch.Tensor) -> torch.Tensor:
         """Of the batch that was next, whose rows' losses these are: its share of the step's."""
         loss = loss_B.sum() / self.num_labels
-        router_loss = self.model.router_loss(self.name) / len(self.batches)
+        router_loss = self.model.router_loss(self.name) / self.num_batches
         self.forwards.append(self.model.routing(self.name))
         self.losses.append(torch.stack([loss, router_loss]).detach())
         return loss + router_loss
 
-    def end_micro_batch(self) -> None:
-        """Gradients are there: with those of a step's last micro-batch, a step of the optimizer."""
-        if len(self.losses) < len(self.batches):
+    def end_round(self) -> None:
+        """Gradients are there: with those of a step's last round, a step of the optimizer."""
+        self.num_rounds += 1
+        if self.num_rounds < len(self.batches):
             return
         optim = self.run.optim
+        processes.sum_gradients(self.parameters.values())
         norm = torch.nn.utils.clip_grad_norm_(
             self.parameters.values(), optim.max_grad_norm or float("inf")
         )
         # a GPU is waited for here, once for all of the step's losses
-        loss, router_loss = torch.stack(self.losses).double().sum(0).tolist()
+        losses = torch.stack(self.losses).tolist() if self.losses else []
+        loss, router_loss = map(sum, zip(*processes.gathered(losses), strict=True))
         if not torch.isfinite(norm):
             self.failure = (
                 f"{self.name}: step {self.step + 1}: the gradient is not finite (loss {loss}); no "
@@ -221,7 +247,8 @@ class AdapterTraining:
             **routing_metrics(self.forwards),
         )
         self.progress.advance(loss=f"{loss:.4f}", tokens_per_s=f"{speed:.0f}")
-        if self.step % self.save.save_every_steps == 0 or self.step == self.num_steps:
+        is_due = self.step % self.save.save_every_steps == 0 or self.step == self.num_steps
+        if is_due and processes.is_first():
             save_checkpoint(
                 *(self.folder / "checkpoints", self.step, self.model, self.name),
                 *(self.optimizer, self.generator, self.save.keep_last),
@@ -231,10 +258,10 @@ class AdapterTraining:
     def end(self) -> None:
         self.progress.close()
         self.log.close()
-        if self.failure is None:
-            mixlora.save_adapter(self.model, self.folder / "adapter", self.name)
-        else:
+        if self.failure is not None:
             tell(f"error: {self.failure}")
+        elif processes.is_first():
+            mixlora.save_adapter(self.model, self.folder / "adapter", self.name)
         del self.parameters, self.optimizer  # the next one needs their memory
 
 
@@ -255,7 +282,8 @@ def fine_tune(
             training |= {adapter.name: adapter for adapter in itertools.islice(waiting, 1)}
         if ended:
             continue
-        for batches in alike({name: adapter.next_batch() for name, adapter in training.items()}):
+        due = {name: adapter.next_batch() for name, adapter in training.items()}
+        for batches in alike({name: batch for name, batch in due.items() if batch}):
             settings = [training[name].run.train for name in batches]
             model.gradient_checkpointing = any(x.gradient_checkpointing for x in settings)
             model.recompute_ffn = any(x.activation == "recompute" for x in settings)
@@ -270,13 +298,19 @@ def fine_tune(
             )
             losses = [training[span.name].loss(loss_B[span.start : span.end]) for span in spans]
             torch.stack(losses).sum().backward()
+        processes.follow(model, trains=True)
         for adapter in training.values():
-            adapter.end_micro_batch()
+            adapter.end_round()
 
 
-def device_of(config: ModelConfig) -> str:
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    return auto if config.device == "auto" else config.device
+def load_model(config: ModelConfig) -> AdaptedModel:
+    device = processes.device(config.device)
+    shards = config.shard and processes.world_size() > 1
+    dtype = getattr(torch, config.dtype)
+    model = models.load(config.base, dtype, "cpu" if shards else device)
+    if shards:
+        processes.shard(model, device)
+    return model
 
 
 def begin_adapter(model: AdaptedModel, run: AdapterRun) -> None:

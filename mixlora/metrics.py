@@ -1,6 +1,7 @@
 """What a run tells while it works: a line of JSON per step, and progress a person can read."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mixlora import processes
 from mixlora.files import write_bytes
 from mixlora.ops import Routing
 
@@ -17,10 +19,14 @@ from mixlora.ops import Routing
 class MetricsLog:
     """metrics.jsonl: one object per line, flushed as it is written.
 
-    A run that goes on from step n drops the lines after n, so that every step stands there once.
+    A run that goes on from step n drops the lines after n, so that every step stands there once. Of
+    several processes the first writes.
     """
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
+        if not processes.is_first():
+            self._file = open(os.devnull, "a")
+            return
         lines = path.read_text().splitlines(keepends=True) if path.exists() and first_step else []
         whole = [line for line in lines if line.endswith("\n")]
         kept = [line for line in whole if json.loads(line)["step"] <= first_step]
@@ -73,12 +79,14 @@ class Progress:
 
 
 def routing_metrics(forwards: Sequence[Sequence[Routing]]) -> dict[str, list]:
-    """Per layer, over a step's forwards: each expert's share of the selections, and the router's
-    mean entropy in nats."""
-    load, entropy = [], []
+    """Per layer, over a step's forwards in all processes: each expert's share of the selections,
+    and the router's mean entropy in nats."""
+    layers, load, entropy = [], [], []
     for layer in zip(*forwards, strict=True):
         sums = [torch.cat([r.count_E, r.entropy[None], r.num_tokens[None]]) for r in layer]
-        *counts, total, num_tokens = torch.stack(sums).sum(0).tolist()  # a GPU is waited for once
+        layers.append(torch.stack(sums).sum(0).tolist())  # a GPU is waited for once
+    for layer in zip(*processes.gathered([layers] if forwards else []), strict=True):
+        *counts, total, num_tokens = map(sum, zip(*layer, strict=True))
         selections = max(1, sum(counts))
         load.append([round(count / selections, 5) for count in counts])
         entropy.append(round(total / max(1, num_tokens), 5))
