@@ -148,9 +148,8 @@ class AdapterTraining:
             f"epoch, {dataset.num_truncated} truncated, {dataset.num_skipped} skipped (no answer, "
             "or longer than train.max_seq_len)"
         )
-        num_batches = -(
-            -run.train.batch_size // (run.train.micro_batch_size or run.train.batch_size)
-        )
+        size = run.train.batch_size
+        num_batches = -(-size // (run.train.micro_batch_size or size))
         if num_batches < processes.world_size():
             tell(
                 f"{run.name}: a step's {num_batches} micro-batches leave some of "

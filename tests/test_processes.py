@@ -42,7 +42,7 @@ def settings(checkpoint: Path, task_folder: Path, tmp_path: Path) -> dict:
         "adapter": ADAPTERS["mixlora"],
         "optim": {"lr": 1e-3, "warmup_steps": 2},
         "train": {"steps": 20, "batch_size": 7, "micro_batch_size": 2, "max_seq_len": 96},
-        "run": {"dir": str(tmp_path / "one"), "plot": False, "save_every_steps": 1},
+        "run": {"dir": str(tmp_path / "one"), "plot": False},
     }
 
 
@@ -120,8 +120,9 @@ def test_as_in_one_process(
 def test_several_adapters(settings: dict, tmp_path: Path, shard: bool) -> None:
     """Of different numbers of micro-batches, lengths and steps: processes do not run the same
     forwards."""
+    settings["adapter"] = {}
     settings["adapters"] = [
-        {"name": "a", "train": {"steps": 7, "batch_size": 3}},
+        {"name": "a", "adapter": ADAPTERS["mixlora"], "train": {"steps": 7, "batch_size": 3}},
         {"name": "b", "adapter": ADAPTERS["lora"], "data": {"tasks": ["boolq"]}},
         {"name": "c", "adapter": ADAPTERS["milora"], "train": {"steps": 4, "batch_size": 5}},
     ]
@@ -152,7 +153,7 @@ def test_answers_by_generation(settings: dict, tmp_path: Path, shard: bool) -> N
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(settings: dict, tmp_path: Path) -> None:
     """1 -> 2 -> 4, one of the stops behind an epoch's edge."""
-    settings["run"] |= {"keep_last": 100}
+    settings["run"] |= {"save_every_steps": 1, "keep_last": 100}
     one = run(1, settings, tmp_path)
     settings["run"]["dir"] = str(tmp_path / "several")
     shutil.copytree(one, tmp_path / "several")
@@ -295,6 +296,7 @@ def poison(arguments: list[str]) -> int:
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_in_one_process(settings: dict, tmp_path: Path) -> None:
     """All notice, and no weight changes anywhere."""
+    settings["run"]["save_every_steps"] = 1
     arguments = ["--config", written(settings, tmp_path)]
     codes, _, errors = several.run(2, tmp_path / "out", poison, arguments)
     assert codes == [2, 2] and "not finite" in errors[0]
@@ -310,6 +312,7 @@ def test_a_process_that_is_killed_in_a_save_leaves_whole_checkpoints(
 ) -> None:
     """T06: any of them, at any moment; the run then goes on."""
     settings["train"]["steps"] = 2000
+    settings["run"]["save_every_steps"] = 1
     folder = Path(settings["run"]["dir"]) / "default" / "checkpoints"
     generator = torch.Generator().manual_seed(0)
     argv = "--config", written(settings, tmp_path)
@@ -336,7 +339,6 @@ def test_a_process_that_is_killed_in_a_save_leaves_whole_checkpoints(
             tensors = TensorFile(path / "adapter_model.safetensors")
             assert all(tensors[key].isfinite().all() for key in tensors.shapes)
             assert json.loads((path / "state.json").read_text())["step"] == int(path.name[5:])
-    settings["train"]["steps"] = 20
 
 
 @pytest.mark.slow
