@@ -13,6 +13,7 @@ import torch
 
 import mixlora
 import models
+from mixlora import processes
 from mixlora.errors import ArgumentParser, InputError, command
 from mixlora.evaluation import PROTOCOLS, Row, evaluate, load_questions
 from mixlora.files import write_bytes, write_json
@@ -22,6 +23,7 @@ from mixlora.tokenizer import Tokenizer
 
 
 @command
+@processes.together
 def main(argv: list[str]) -> int:
     parser = ArgumentParser(description="Accuracy of a model on tasks.")
     parser.add_argument("--base", required=True, help="checkpoint folder of the base model")
@@ -34,7 +36,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", help="write the results here, as JSON")
     parser.add_argument("--rows", help="write every row's scores here, as JSON lines")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto")
     options = parser.parse_args(argv)
     for name in ("batch_size", "max_rows"):
         if (value := getattr(options, name)) is not None and value < 1:
@@ -47,17 +49,18 @@ def main(argv: list[str]) -> int:
 
     tasks = options.tasks.split(",")
     questions = load_questions(options.protocol, options.data, tasks, options.max_rows)
-    model = models.load(options.base, getattr(torch, options.dtype), options.device)
+    dtype = getattr(torch, options.dtype)
+    model = models.load(options.base, dtype, processes.device(options.device))
     tokenizer = Tokenizer(model.folder, model.config.vocab_size)
     if options.adapter:
         mixlora.load_adapter(model, options.adapter)
 
     results, rows = evaluate(model, tokenizer, questions, options.batch_size, options.protocol)
     print(accuracy_table({options.adapter or options.base: results}))
-    if options.rows:
+    if options.rows and processes.is_first():
         lines = [line(task, row) for task in rows for row in rows[task]]
         write_bytes(options.rows, ("\n".join(lines) + "\n").encode())
-    if options.output:
+    if options.output and processes.is_first():
         keys = ("protocol", "base", "adapter", "dtype", "batch_size")
         settings = {key: getattr(options, key) for key in keys}
         files = {task: data_file(options.data, task) for task in tasks}

@@ -25,7 +25,7 @@ import torch
 import mixlora
 import models
 from mixlora import config as configs
-from mixlora import mlora_config
+from mixlora import mlora_config, processes
 from mixlora.adapter_files import read_tensors
 from mixlora.adapters import freeze_but, trained_parameters
 from mixlora.batches import alike, joined
@@ -38,6 +38,7 @@ from mixlora.files import write_json
 from mixlora.layers.adapted_model import AdaptedModel
 from mixlora.metrics import MetricsLog, Progress, routing_metrics, tell
 from mixlora.ops import Routing
+from mixlora.ops.philox import draw_seed
 from mixlora.optim import lr_at, make_optimizer, set_lr
 from mixlora.report import (
     accuracy_table,
@@ -55,6 +56,7 @@ from mixlora.train_config import AdapterRun, EvalConfig, ModelConfig, TrainConfi
 
 
 @command
+@processes.together
 def main(argv: list[str]) -> int:
     parser = ArgumentParser(description="Fine-tune adapters on tasks.")
     parser.add_argument("--config", required=True, help="YAML file")
@@ -78,8 +80,7 @@ def main(argv: list[str]) -> int:
         r.name: load_questions(r.eval.protocol, r.data.dir, r.eval.tasks, r.eval.max_rows)
         for r in config.runs()
     }
-    device = device_of(config.model)
-    model = models.load(config.model.base, getattr(torch, config.model.dtype), device)
+    model = load_model(config.model)
     tokenizer = Tokenizer(model.folder, model.config.vocab_size)
     datasets = [load_dataset(r.data, tokenizer, r.train.max_seq_len) for r in config.runs()]
     for run in config.runs():
@@ -90,8 +91,11 @@ def main(argv: list[str]) -> int:
                 f"train.max_seq_len {run.train.max_seq_len} exceeds the model's "
                 f"max_position_embeddings {model.config.max_position_embeddings}"
             )
-    data = {r.name: digests(d, r.data) for r, d in zip(config.runs(), datasets, strict=True)}
-    folder = open_run_folder(config, data, options.resume, options.allow_changes)
+    folder = Path(config.run.dir)
+    if processes.is_first():
+        data = {r.name: digests(d, r.data) for r, d in zip(config.runs(), datasets, strict=True)}
+        open_run_folder(config, data, options.resume, options.allow_changes)
+    processes.wait()
 
     results: dict[str, dict] = {"base": {}}
     for run in config.runs():
@@ -117,7 +121,8 @@ def main(argv: list[str]) -> int:
         settings = folder / "config.yaml"
         tell(f"stopped by {stop.by}; python train.py --config {settings} --resume goes on")
         return stop.exit_code
-    report(config, folder, results)
+    if processes.is_first():
+        report(config, folder, results)
     if failed:
         raise InputError(f"stopped before their last step, as told above: {', '.join(failed)}")
     return 0
@@ -133,7 +138,8 @@ class AdapterTraining:
     """One adapter on its way: data, optimizer, schedule, log, checkpoints and random generator are
     its own, so that it learns the same whoever is trained beside it.
 
-    The loss of a step is that of all its label tokens, whatever the cut into micro-batches.
+    The loss of a step is that of all its label tokens, whatever the cut into micro-batches. These
+    are shared out over the processes, in rounds.
     """
 
     def __init__(
@@ -147,9 +153,7 @@ class AdapterTraining:
     ) -> None:
         torch.manual_seed(config.run.seed)
         begin_adapter(model, run)
-        # dropout is drawn on where the initial weights end
         self.generator = model.generators[run.name] = torch.Generator()
-        self.generator.set_state(torch.get_rng_state())
         mixlora.print_trainable_parameters(model, run.name)
         self.model, self.run, self.folder = model, run, folder
         self.name, self.save = run.name, config.run
@@ -161,7 +165,15 @@ class AdapterTraining:
             f"epoch, {dataset.num_truncated} truncated, {dataset.num_skipped} skipped (no answer, "
             "or longer than train.max_seq_len)"
         )
+        size = run.train.batch_size
+        num_batches = -(-size // (run.train.micro_batch_size or size))
+        if num_batches < processes.world_size():
+            tell(
+                f"{run.name}: a step's {num_batches} micro-batches leave some of "
+                f"{processes.world_size()} processes idle: train.micro_batch_size can be smaller"
+            )
         self.parameters = trained_parameters(model, run.name)
+        processes.copy_from_first(self.parameters.values())
         self.optimizer = make_optimizer(self.parameters, run.optim, run.adapter.loraplus_lr_ratio)
         self.num_steps = run.train.steps or run.train.epochs * self.order.steps_per_epoch
         folder.mkdir(parents=True, exist_ok=True)
@@ -182,44 +194,57 @@ class AdapterTraining:
 
     @property
     def is_in_a_step(self) -> bool:
-        return bool(self.losses)
+        return self.num_rounds > 0
 
     def begin_step(self) -> None:
         self.began = time.perf_counter()
         self.losses: list[torch.Tensor] = []
         self.row_losses: list[torch.Tensor] = []
         self.forwards: list[list[Routing]] = []
-        self.batches: list[Batch] = []
+        self.batches: list[Batch | None] = []  # None: in this round others have one
+        self.num_rounds = 0  # that are done
         if self.has_ended:
             return
         chosen = [self.dataset.samples[i] for i in self.order.samples(self.step)]
         micro = self.run.train.micro_batch_size or self.run.train.batch_size
         parts = [chosen[i : i + micro] for i in range(0, len(chosen), micro)]
-        self.batches = [collate(part, self.device, self.dataset.pad_id) for part in parts]
-        self.num_labels = sum(batch.num_labels for batch in self.batches)
+        self.batches = [
+            part and collate(part, self.device, self.dataset.pad_id)
+            for part in processes.rounds(parts)
+        ]
+        # a micro-batch's dropout depends on its place alone, whoever computes it, and when
+        self.generator.manual_seed(self.save.seed * 1_000_003 + self.step)
+        self.seeds = processes.rounds([draw_seed(self.generator) for _ in parts])
+        self.num_batches = len(parts)
+        self.num_labels = sum(processes.gathered([b.num_labels for b in self.batches if b]))
         self.num_tokens = sum(len(sample.tokens) for sample in chosen)
 
-    def next_batch(self) -> Batch:
-        return self.batches[len(self.losses)]
+    def next_batch(self) -> Batch | None:
+        if self.seeds[self.num_rounds] is not None:
+            self.generator.manual_seed(self.seeds[self.num_rounds])
+        return self.batches[self.num_rounds]
 
     def loss(self, loss_B: torch.Tensor) -> torch.Tensor:
         """Of the batch that was next, whose rows' losses these are: its share of the step's."""
         loss = loss_B.sum() / self.num_labels
-        router_loss = self.model.router_loss(self.name) / len(self.batches)
+        router_loss = self.model.router_loss(self.name) / self.num_batches
         self.forwards.append(self.model.routing(self.name))
         self.losses.append(torch.stack([loss, router_loss]).detach())
         self.row_losses.append(loss_B.detach())
         return loss + router_loss
 
-    def end_micro_batch(self) -> None:
-        """Gradients are there: with those of a step's last micro-batch, a step of the optimizer."""
-        if len(self.losses) < len(self.batches):
+    def end_round(self) -> None:
+        """Gradients are there: with those of a step's last round, a step of the optimizer."""
+        self.num_rounds += 1
+        if self.num_rounds < len(self.batches):
             return
         optim = self.run.optim
         parameters = self.parameters.values()
+        processes.sum_gradients(parameters)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         # a GPU is waited for here, once for all of the step's losses
-        loss, router_loss = torch.stack(self.losses).double().sum(0).tolist()
+        losses = torch.stack(self.losses).tolist() if self.losses else []
+        loss, router_loss = map(sum, zip(*processes.gathered(losses), strict=True))
         if not math.isfinite(loss + router_loss + norm.item()):
             self.drop_step(loss, router_loss, norm.item())
             return
@@ -248,9 +273,13 @@ class AdapterTraining:
         step = self.step + 1
         path = self.folder / f"not-finite-{step:06d}.json"
         samples = [(i, self.dataset.samples[i]) for i in self.order.samples(self.step)]
-        described = non_finite_report(self.parameters, samples, self.row_losses)
+        places = processes.rounds(range(self.num_batches))
+        own = [[i, x.tolist()] for i, x in zip(places, self.row_losses, strict=False)]
+        row_losses = [losses for _, losses in sorted(processes.gathered(own))]
+        described = non_finite_report(self.parameters, samples, row_losses)
         numbers = f"loss {loss}, router loss {router_loss}, gradient norm {norm}"
-        write_json(path, {"step": step, "found": numbers, **described})
+        if processes.is_first():
+            write_json(path, {"step": step, "found": numbers, **described})
         told = (
             f"{self.name}: step {step}: the loss or the gradient is not finite ({numbers}); no "
             f"weight was changed, samples and norms are in {path}"
@@ -275,10 +304,11 @@ class AdapterTraining:
         self.begin_step()
 
     def save_state(self) -> None:
-        save_checkpoint(
-            *(self.folder / "checkpoints", self.step, self.model, self.name),
-            *(self.optimizer, self.generator, self.save.keep_last),
-        )
+        if processes.is_first():
+            save_checkpoint(
+                *(self.folder / "checkpoints", self.step, self.model, self.name),
+                *(self.optimizer, self.generator, self.save.keep_last),
+            )
         self.saved_step = self.step
 
     def pause(self) -> None:
@@ -291,17 +321,17 @@ class AdapterTraining:
 
     @property
     def state(self) -> str:
-        shapes = ", ".join(str(list(batch.tokens_BS.shape)) for batch in self.batches)
+        shapes = ", ".join(str(list(x.tokens_BS.shape)) for x in self.batches if x)
         saved = f"last checkpoint after step {self.saved_step}" if self.saved_step else "none saved"
         return f"{self.name}, step {self.step + 1} with batches of {shapes} tokens, {saved}"
 
     def end(self) -> None:
         self.progress.close()
         self.log.close()
-        if self.failure is None:
-            mixlora.save_adapter(self.model, self.folder / "adapter", self.name)
-        else:
+        if self.failure is not None:
             tell(f"error: {self.failure}")
+        elif processes.is_first():
+            mixlora.save_adapter(self.model, self.folder / "adapter", self.name)
         del self.parameters, self.optimizer  # the next one needs their memory
 
 
@@ -331,10 +361,12 @@ def fine_tune(
                 adapter.pause()
             return
         with memory_for_training(lambda going=going: "; ".join(x.state for x in going.values())):
-            for batches in alike({name: adapter.next_batch() for name, adapter in going.items()}):
+            due = {name: adapter.next_batch() for name, adapter in going.items()}
+            for batches in alike({name: batch for name, batch in due.items() if batch}):
                 forward_backward(model, going, batches)
+            processes.follow(model, trains=True)
             for adapter in going.values():
-                adapter.end_micro_batch()
+                adapter.end_round()
 
 
 def forward_backward(
@@ -357,9 +389,14 @@ def forward_backward(
     torch.stack(losses).sum().backward()
 
 
-def device_of(config: ModelConfig) -> str:
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    return auto if config.device == "auto" else config.device
+def load_model(config: ModelConfig) -> AdaptedModel:
+    device = processes.device(config.device)
+    shards = config.shard and processes.world_size() > 1
+    dtype = getattr(torch, config.dtype)
+    model = models.load(config.base, dtype, "cpu" if shards else device)
+    if shards:
+        processes.shard(model, device)
+    return model
 
 
 def begin_adapter(model: AdaptedModel, run: AdapterRun) -> None:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mixlora import processes
 from mixlora.data import truncate
 from mixlora.engine import generate
 from mixlora.errors import InputError, did_you_mean
@@ -85,12 +86,16 @@ def evaluate(
     batch_size: int,
     protocol: str = "mixlora-fixed",
 ) -> tuple[dict[str, TaskResult], dict[str, list[Row]]]:
-    """Every task's result and scored rows, with progress."""
+    """Every task's result and scored rows, with progress; each process answers its share."""
     results, rows = {}, {}
     for task in questions:
-        progress = Progress(f"evaluate {task}", len(questions[task]), "rows")
+        mine = processes.share(questions[task])
+        progress = Progress(f"evaluate {task}", len(mine), "rows")
         answer = PROTOCOLS[protocol].answer
-        rows[task] = answer(model, tokenizer, questions[task], batch_size, progress.advance)
+        answers = answer(model, tokenizer, mine, batch_size, progress.advance) if mine else []
+        processes.follow(model, trains=False)
+        values = processes.gathered([vars(row) for row in answers])
+        rows[task] = [Row(**{**row, "labels": tuple(row["labels"])}) for row in values]
         progress.close()
         results[task] = summarize(task, rows[task])
     return results, rows

@@ -20,12 +20,12 @@ Result = TypeVar("Result")
 def non_finite_report(
     parameters: Mapping[str, nn.Parameter],
     samples: Sequence[tuple[int, Sample]],
-    losses: Sequence[Tensor],
+    losses: Sequence[Sequence[float]],
 ) -> dict:
     """As JSON: the step's samples by their index in the dataset, the loss of every row of its
     micro-batches, and norms of each trained tensor and of its gradient."""
     return {
-        "row_losses": [[_number(x) for x in loss_B.tolist()] for loss_B in losses],
+        "row_losses": [[_number(x) for x in loss_B] for loss_B in losses],
         "tensors": {
             name: {
                 "weight_norm": _norm(parameter),

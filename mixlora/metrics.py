@@ -1,6 +1,7 @@
 """What a run tells while it works: a line of JSON per step, and progress a person can read."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mixlora import processes
 from mixlora.files import write_bytes
 from mixlora.ops import Routing
 
@@ -17,7 +19,8 @@ from mixlora.ops import Routing
 class MetricsLog:
     """metrics.jsonl: one object per line, flushed as it is written.
 
-    A run that goes on from step n drops the lines after n, so that every step stands there once.
+    A run that goes on from step n drops the lines after n, so that every step stands there once. Of
+    several processes the first writes.
     """
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
@@ -25,8 +28,9 @@ class MetricsLog:
         whole = [line for line in lines if line.endswith("\n")]
         kept = [line for line in whole if json.loads(line)["step"] <= first_step]
         self.num_skipped = sum("skipped" in json.loads(line) for line in kept)  # steps
-        write_bytes(path, "".join(kept).encode())
-        self._file = open(path, "a", encoding="utf-8")
+        if processes.is_first():
+            write_bytes(path, "".join(kept).encode())
+        self._file = open(path if processes.is_first() else os.devnull, "a", encoding="utf-8")
 
     def write(self, **values: Any) -> None:
         self._file.write(json.dumps(values) + "\n")
@@ -74,12 +78,14 @@ class Progress:
 
 
 def routing_metrics(forwards: Sequence[Sequence[Routing]]) -> dict[str, list]:
-    """Per layer, over a step's forwards: each expert's share of the selections, and the router's
-    mean entropy in nats."""
-    load, entropy = [], []
+    """Per layer, over a step's forwards in all processes: each expert's share of the selections,
+    and the router's mean entropy in nats."""
+    layers, load, entropy = [], [], []
     for layer in zip(*forwards, strict=True):
         sums = [torch.cat([r.count_E, r.entropy[None], r.num_tokens[None]]) for r in layer]
-        *counts, total, num_tokens = torch.stack(sums).sum(0).tolist()  # a GPU is waited for once
+        layers.append(torch.stack(sums).sum(0).tolist())  # a GPU is waited for once
+    for layer in zip(*processes.gathered([layers] if forwards else []), strict=True):
+        *counts, total, num_tokens = map(sum, zip(*layer, strict=True))
         selections = max(1, sum(counts))
         load.append([round(count / selections, 5) for count in counts])
         entropy.append(round(total / max(1, num_tokens), 5))

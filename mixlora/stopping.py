@@ -17,6 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
+from mixlora import processes
+
 Result = TypeVar("Result")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -50,17 +52,20 @@ class Stop:
             self.file.unlink(missing_ok=True)
 
     def asked(self) -> bool:
-        """The file is deleted when it is seen, so that the run can go on."""
-        if self.by is None and self.file.exists():
+        """In any process. The file is deleted when it is seen, so that the run can go on."""
+        if self.by is None and processes.is_first() and self.file.exists():
             self.file.unlink()
             self.by = str(self.file)
-        return self.by is not None
+        heard = processes.gathered([[self.by, self.exit_code]] if self.by else [])
+        if heard:
+            self.by, self.exit_code = heard[0]
+        return bool(heard)
 
     def unless_asked(self, work: Callable[[], Result]) -> Result | None:
         """`work()`, which leaves nothing to save: None if a signal comes before it is done."""
         if self.asked():
             return None
-        self._may_leave = True
+        self._may_leave = processes.world_size() == 1  # others would wait for what it left undone
         try:
             return work()
         except _Leave:

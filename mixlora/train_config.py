@@ -17,6 +17,7 @@ class ModelConfig:
     base: str  # checkpoint folder
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen base; adapters are float32
     device: str = "auto"  # auto: cuda where there is one, else cpu
+    shard: bool = False  # of several processes each keeps a part of the base
 
 
 @dataclass

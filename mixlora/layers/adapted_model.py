@@ -35,6 +35,7 @@ class AdaptedModel(nn.Module):
         self.folder: Path | None = None  # where its files are
         self.gradient_checkpointing = False  # one checkpoint per block, in training
         self.recompute_ffn = False  # one per feed-forward
+        self.is_sharded = False  # a block's weights are gathered from all processes as it computes
         self.generators: dict[str, torch.Generator] = {}  # whence an adapter's dropout, by name
         self._context = ForwardContext(())
 
@@ -120,7 +121,8 @@ class AdaptedModel(nn.Module):
         if training:
             self.eval()
         try:
-            with torch.inference_mode():
+            # what is gathered in inference mode could not be written again outside of it
+            with torch.no_grad() if self.is_sharded else torch.inference_mode():
                 yield
         finally:
             if training:

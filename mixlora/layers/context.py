@@ -96,6 +96,10 @@ class ForwardContext:
         return self.prompt_BS[:, None] & (self.document_BS[:, None] == document_Q1)
 
 
+# A sharded model's blocks would be handed copies of a dataclass; what they share is one object.
+del ForwardContext.__dataclass_fields__
+
+
 @dataclass
 class Sequences:
     """What `layer` may know of a span's tokens besides their hidden states, and its randomness."""

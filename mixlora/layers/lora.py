@@ -109,6 +109,8 @@ class LoraPair(nn.Module):
 
 
 def row_square(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    if hasattr(weight, "full_tensor"):  # a sharded model's, outside of its forward
+        weight = weight.full_tensor()
     return weight.detach().to(dtype).square().sum(-1)
 
 

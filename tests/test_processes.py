@@ -1,0 +1,358 @@
+"""Several processes give what one gives; where one fails, all end. On a CPU, by gloo."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import train
+from mixlora import processes
+from mixlora.checkpoint import checkpoints
+from mixlora.files import TensorFile
+from tests import several
+
+ROOT = Path(__file__).resolve().parents[1]
+ADAPTERS = {
+    "lora": {"r": 8, "lora_dropout": 0.1},
+    "dora": {"r": 4, "use_dora": True},
+    "mixlora": {"routing_strategy": "mixlora", "r": 4, "num_experts": 4, "lora_dropout": 0.1},
+    "switch": {"routing_strategy": "mixlora-switch", "r": 4, "num_experts": 4},
+    "milora": {"routing_strategy": "milora", "r": 4, "lora_dropout": 0.1},
+}
+KILLS = int(os.environ.get("MIXLORA_KILLS", "3"))  # of processes that save; T06 wants 100
+
+
+@pytest.fixture
+def settings(checkpoint: Path, task_folder: Path, tmp_path: Path) -> dict:
+    """24 samples by 7: steps of 4 micro-batches; the fourth has 3 samples and 2 micro-batches, the
+    last of which is a single one."""
+    return {
+        "model": {"base": str(checkpoint), "device": "cpu"},
+        "data": {"dir": str(task_folder), "tasks": ["arc-e", "boolq"]},
+        "adapter": ADAPTERS["mixlora"],
+        "optim": {"lr": 1e-3, "warmup_steps": 2},
+        "train": {"steps": 20, "batch_size": 7, "micro_batch_size": 2, "max_seq_len": 96},
+        "run": {"dir": str(tmp_path / "one"), "plot": False},
+    }
+
+
+def written(settings: dict, folder: Path) -> str:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def run(world_size: int, settings: dict, folder: Path, *more: str) -> Path:
+    arguments = "--config", written(settings, folder), *more
+    if world_size == 1:
+        assert train.main([*arguments]) == 0
+    else:
+        codes, _, errors = several.run(world_size, folder / "out", several.train_rank, *arguments)
+        assert codes == [0] * world_size, errors
+    return Path(settings["run"]["dir"])
+
+
+def metrics(folder: Path, name: str = "default") -> list[dict]:
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def assert_same(one: Path, other: Path, name: str = "default") -> None:
+    assert len(metrics(one, name)) == len(metrics(other, name)) > 0
+    for a, b in zip(metrics(one, name), metrics(other, name), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=0, abs=1e-6), a["step"]
+        assert b["router_loss"] == pytest.approx(a["router_loss"], rel=0, abs=1e-6)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
+        for key in ("step", "lr"):
+            assert b[key] == a[key]
+        for key in ("expert_load", "router_entropy"):
+            torch.testing.assert_close(
+                torch.tensor(b[key]), torch.tensor(a[key]), rtol=0, atol=2e-5
+            )
+    a, b = (TensorFile(x / name / "adapter" / "adapter_model.safetensors") for x in (one, other))
+    assert a.shapes == b.shapes
+    for key in a.shapes:
+        scale = a[key].abs().max()
+        assert (a[key] - b[key]).abs().max() <= 1e-3 * scale, key  # AdamW's follow a sign near 0
+
+
+@pytest.mark.parametrize(
+    "kind, world_size, shard",
+    [
+        pytest.param("mixlora", 2, True),
+        *(
+            pytest.param(kind, world_size, shard, marks=pytest.mark.slow)
+            for kind in ADAPTERS
+            for world_size in (2, 4)
+            for shard in (False, True)
+            if (kind, world_size, shard) != ("mixlora", 2, True)
+        ),
+    ],
+)
+def test_as_in_one_process(
+    settings: dict, tmp_path: Path, kind: str, world_size: int, shard: bool
+) -> None:
+    """Losses, gradients, routing, weights and accuracies; with 4 processes two have no row of each
+    fourth step. Evaluation differs in its number of forwards from process to process."""
+    settings["adapter"] = ADAPTERS[kind]
+    settings["eval"] = {"tasks": ["arc-e"], "batch_size": 2, "max_rows": 5}
+    one = run(1, settings, tmp_path)
+    settings["run"]["dir"] = str(tmp_path / "several")
+    settings["model"]["shard"] = shard
+    other = run(world_size, settings, tmp_path)
+    assert_same(one, other)
+    results = [json.loads((x / "results.json").read_text())["results"] for x in (one, other)]
+    assert results[0] == results[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True])
+def test_several_adapters(settings: dict, tmp_path: Path, shard: bool) -> None:
+    """Of different numbers of micro-batches, lengths and steps: processes do not run the same
+    forwards."""
+    settings["adapter"] = {}
+    settings["adapters"] = [
+        {"name": "a", "adapter": ADAPTERS["mixlora"], "train": {"steps": 7, "batch_size": 3}},
+        {"name": "b", "adapter": ADAPTERS["lora"], "data": {"tasks": ["boolq"]}},
+        {"name": "c", "adapter": ADAPTERS["milora"], "train": {"steps": 4, "batch_size": 5}},
+    ]
+    settings["train"]["gradient_checkpointing"] = True
+    settings["run"] |= {"together": 2}
+    one = run(1, settings, tmp_path)
+    settings["run"]["dir"] = str(tmp_path / "several")
+    settings["model"]["shard"] = shard
+    other = run(2, settings, tmp_path)
+    for name in "abc":
+        assert_same(one, other, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True])
+def test_answers_by_generation(settings: dict, tmp_path: Path, shard: bool) -> None:
+    settings["eval"] = {"tasks": ["arc-e"], "protocol": "llm-adapters", "batch_size": 2}
+    settings["eval"]["max_rows"] = 5
+    settings["train"]["steps"] = 2
+    one = run(1, settings, tmp_path)
+    settings["run"]["dir"] = str(tmp_path / "several")
+    settings["model"]["shard"] = shard
+    other = run(2, settings, tmp_path)
+    results = [json.loads((x / "results.json").read_text())["results"] for x in (one, other)]
+    assert results[0] == results[1]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(settings: dict, tmp_path: Path) -> None:
+    """1 -> 2 -> 4, one of the stops behind an epoch's edge."""
+    settings["run"] |= {"save_every_steps": 1, "keep_last": 100}
+    one = run(1, settings, tmp_path)
+    settings["run"]["dir"] = str(tmp_path / "several")
+    shutil.copytree(one, tmp_path / "several")
+    for world_size, stop in ((2, 5), (4, 13)):
+        for path in checkpoints(tmp_path / "several" / "default" / "checkpoints"):
+            if int(path.name.removeprefix("step-")) > stop:
+                shutil.rmtree(path)
+        other = run(world_size, settings, tmp_path, "--resume")
+    assert_same(one, other)
+
+
+def exchange(folder: str) -> int:
+    """What the small functions do, in each of three processes."""
+
+    def body(argv: list[str]) -> int:
+        rank, items = processes.rank(), list(range(7))
+        assert processes.world_size() == 3
+        assert processes.gathered(list(processes.share(items))) == items
+        assert processes.gathered([["ä", None, float(rank)]] * rank) == [
+            ["ä", None, 1.0],
+            ["ä", None, 2.0],
+            ["ä", None, 2.0],
+        ]
+        assert processes.gathered([]) == []
+        rounds = [items[rank], items[rank + 3], 6 if rank == 0 else None]
+        assert processes.rounds(items) == rounds
+        assert processes.rounds([]) == []
+        assert processes.anyone(rank == 2) and not processes.anyone(False)
+
+        large = processes.BUCKET // 2 + 1
+        parameters = [nn.Parameter(torch.zeros(n)) for n in (3, large, large, 2, 1)]
+        parameters[0].grad = torch.full((3,), 1.0 + rank)
+        if rank == 1:
+            parameters[1].grad = torch.ones(large)
+        parameters[2].grad = torch.full((large,), 1.0 if rank else 2.0)
+        if rank != 1:
+            parameters[4].grad = torch.full((1,), torch.nan if rank else 1.0)
+        processes.sum_gradients(parameters)
+        assert parameters[0].grad.tolist() == [6.0] * 3
+        assert (parameters[1].grad == 1).all() and (parameters[2].grad == 4).all()
+        assert parameters[3].grad is None and parameters[4].grad.isnan().all()
+        processes.sum_gradients([])
+        x = torch.full((2,), float(rank))
+        processes.copy_from_first([x])
+        assert x.tolist() == [0, 0]
+        print("told")
+        return 0
+
+    return processes.together(body)([])
+
+
+def test_exchanges(tmp_path: Path) -> None:
+    codes, outputs, errors = several.run(3, tmp_path, exchange, "")
+    assert codes == [0, 0, 0], errors
+    assert outputs == ["told\n", "", ""] and errors == [""] * 3
+
+
+def test_alone_all_is_as_it_was() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    processes.sum_gradients([parameter])
+    assert parameter.grad is None
+    assert processes.rounds("abc") == ["a", "b", "c"] and processes.share("abc") == "abc"
+    assert processes.gathered([1]) == [1]
+    assert processes.is_first() and processes.anyone(True) and not processes.anyone(False)
+    assert processes.device("cpu") == torch.device("cpu")
+
+
+def fail_in_the_second(kind: str, *arguments: str) -> int:
+    """A run whose process 1 fails in its third step."""
+    set_lr = train.set_lr
+
+    def fail(optimizer: torch.optim.Optimizer, lr: float) -> None:
+        set_lr(optimizer, lr)
+        fail.calls += 1
+        if processes.rank() == 1 and fail.calls == 3:
+            if kind == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise {"input": train.InputError, "bug": ZeroDivisionError}[kind]("it is\nthis")
+
+    fail.calls = 0
+    train.set_lr = fail
+    return train.main([*arguments])
+
+
+@pytest.mark.parametrize(
+    "kind, code",
+    [
+        ("input", 2),
+        pytest.param("bug", 1, marks=pytest.mark.slow),
+        pytest.param("killed", -signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
+def test_one_that_fails_ends_all(settings: dict, tmp_path: Path, kind: str, code: int) -> None:
+    """Without a launcher that would end them, and within seconds; one message."""
+    arguments = fail_in_the_second, kind, "--config", written(settings, tmp_path)
+    codes, _, errors = several.run(2, tmp_path / "out", *arguments, seconds=60)
+    assert codes[1] == code and codes[0] not in (0, None)
+    text = "".join(errors)
+    if kind == "input":
+        assert errors[1] == "error: it is this (in process 1 of 2)\n"
+    if kind == "bug":
+        assert "ZeroDivisionError: it is" in errors[1] and text.count("Traceback") == 1
+        assert "error:" not in errors[0]
+    if kind == "killed":
+        assert "error: lost another process, which may have told why" in errors[0]
+        assert text.count("error: ") == 1 and "Traceback" not in text
+    assert [line["step"] for line in metrics(Path(settings["run"]["dir"]))][:2] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "change, wanted",
+    [
+        ("optim.lr=0", "lr must be > 0"),
+        pytest.param("model.device=cuda:1", "device is auto, cpu or cuda", marks=pytest.mark.slow),
+    ],
+)
+def test_what_all_find_wrong_is_said_once(
+    settings: dict, tmp_path: Path, change: str, wanted: str
+) -> None:
+    arguments = several.train_rank, "--config", written(settings, tmp_path), change
+    codes, outputs, errors = several.run(2, tmp_path / "out", *arguments)
+    assert codes == [2, 2] and outputs == ["", ""]
+    (text,) = filter(None, errors)
+    assert wanted in text and text.count("\n") == 1
+    assert not Path(settings["run"]["dir"]).exists()
+
+
+def poison(arguments: list[str]) -> int:
+    """The loss of process 1 is not a number in the third step."""
+    loss = train.AdapterTraining.loss
+
+    def poisoned(self: train.AdapterTraining, loss_B: torch.Tensor) -> torch.Tensor:
+        is_bad = processes.rank() == 1 and self.step == 2
+        return loss(self, loss_B * torch.nan if is_bad else loss_B)
+
+    train.AdapterTraining.loss = poisoned
+    return train.main(arguments)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_in_one_process(settings: dict, tmp_path: Path) -> None:
+    """All notice, and no weight changes anywhere."""
+    settings["run"]["save_every_steps"] = 1
+    arguments = ["--config", written(settings, tmp_path)]
+    codes, _, errors = several.run(2, tmp_path / "out", poison, arguments)
+    assert codes == [2, 2] and "not finite" in errors[0]
+    folder = Path(settings["run"]["dir"])
+    assert [line["step"] for line in metrics(folder)] == [1, 2]
+    saved = checkpoints(folder / "default" / "checkpoints")
+    assert [path.name for path in saved] == ["step-000001", "step-000002"]
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_in_a_save_leaves_whole_checkpoints(
+    settings: dict, tmp_path: Path
+) -> None:
+    """T06: any of them, at any moment; the run then goes on."""
+    settings["train"]["steps"] = 2000
+    settings["run"]["save_every_steps"] = 1
+    folder = Path(settings["run"]["dir"]) / "default" / "checkpoints"
+    generator = torch.Generator().manual_seed(0)
+    argv = "--config", written(settings, tmp_path)
+    for kill in range(KILLS):
+        resumed = ["--resume"] if kill else []
+        before = len(checkpoints(folder)) and int(checkpoints(folder)[-1].name[5:])
+        begun = several.started(2, tmp_path / "out", several.train_rank, *argv, *resumed)
+        with begun as running:
+            end = time.monotonic() + 120
+            while not list(
+                folder.glob(f"*step-{before + 2:06d}*")
+            ):  # the save, from its first file
+                assert time.monotonic() < end and all(x.is_alive() for x in running)
+                time.sleep(0.001)
+            time.sleep(0.02 * float(torch.rand((), generator=generator)))
+            killed = running[kill % 2]
+            killed.kill()
+            for process in running:
+                process.join(60)
+            assert [x.exitcode for x in running].count(None) == 0
+        saved = checkpoints(folder)
+        assert saved
+        for path in saved:
+            tensors = TensorFile(path / "adapter_model.safetensors")
+            assert all(tensors[key].isfinite().all() for key in tensors.shapes)
+            assert json.loads((path / "state.json").read_text())["step"] == int(path.name[5:])
+
+
+@pytest.mark.slow
+def test_torchrun(settings: dict, tmp_path: Path) -> None:
+    """As a user starts it: a run, and one that fails."""
+    settings["train"]["steps"] = 2
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(ROOT / "train.py"), "--config", written(settings, tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run(command, **options, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(metrics(Path(settings["run"]["dir"]))) == 2
+    assert done.stdout.count("the run is in") == 1
+    again = subprocess.run(command, **options, timeout=300)  # run.dir holds a run
+    assert again.returncode != 0
+    assert len(re.findall(r"^error: .*--resume goes on with it", again.stderr, re.M)) == 1
