@@ -34,6 +34,7 @@ from mixlora.layers.adapted_model import AdaptedModel
 from mixlora.metrics import MetricsLog, Progress, routing_metrics, tell
 from mixlora.ops import Routing
 from mixlora.optim import lr_at, make_optimizer, set_lr
+from mixlora.packing import packed
 from mixlora.report import (
     accuracy_table,
     averages,
@@ -171,6 +172,8 @@ class AdapterTraining:
             return
         chosen = [self.dataset.samples[i] for i in self.order.samples(self.step)]
         micro = self.run.train.micro_batch_size or self.run.train.batch_size
+        if self.run.data.packing:
+            chosen = packed(chosen, self.run.train.max_seq_len)
         parts = [chosen[i : i + micro] for i in range(0, len(chosen), micro)]
         self.batches = [collate(part, self.device, self.dataset.pad_id) for part in parts]
         self.num_labels = sum(batch.num_labels for batch in self.batches)
@@ -264,6 +267,7 @@ def fine_tune(
                 batch.tokens_BS,
                 mask_BS=batch.mask_BS,
                 positions_BS=batch.positions_BS,
+                segments_BS=batch.segments_BS,
                 adapters=spans,
                 labels_BS=batch.labels_BS,
                 by_row=True,
