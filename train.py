@@ -3,12 +3,15 @@
 One YAML file says everything (docs/config.md). A run leaves in `run.dir`:
 
     config.yaml                     the settings in full
+    status.json                     where it stands: `python -m mixlora.watch <run.dir>`
     <adapter>/metrics.jsonl         a line per step
+    <adapter>/routing.png           how the experts fared, over the steps
     <adapter>/checkpoints/step-N/   what --resume goes on from
     <adapter>/adapter/              the trained adapter
     results.json, summary.png       accuracies of the base and of every adapter, and a picture
 """
 
+import contextlib
 import dataclasses
 import itertools
 import sys
@@ -31,19 +34,22 @@ from mixlora.errors import ArgumentParser, InputError, command
 from mixlora.evaluation import evaluate, load_questions
 from mixlora.files import write_json
 from mixlora.layers.adapted_model import AdaptedModel
-from mixlora.metrics import MetricsLog, Progress, routing_metrics, tell
+from mixlora.metrics import MetricsLog, Progress, require_tensorboard, routing_metrics, tell
 from mixlora.ops import Routing
 from mixlora.optim import lr_at, make_optimizer, set_lr
 from mixlora.packing import packed
+from mixlora.profiling import profiled, whole_number
 from mixlora.report import (
     accuracy_table,
     averages,
     one_column,
+    plot_routing,
     plot_run,
     provenance,
     require_matplotlib,
 )
 from mixlora.run_folder import open_run_folder
+from mixlora.status import Status
 from mixlora.tasks import data_file
 from mixlora.tokenizer import Tokenizer
 from mixlora.train_config import AdapterRun, EvalConfig, ModelConfig, TrainConfig
@@ -51,11 +57,18 @@ from mixlora.train_config import AdapterRun, EvalConfig, ModelConfig, TrainConfi
 
 @command
 def main(argv: list[str]) -> int:
+    with contextlib.ExitStack() as during:
+        return train(argv, during)
+
+
+def train(argv: list[str], during: contextlib.ExitStack) -> int:
+    """`during`: what is closed at the end, however that comes."""
     parser = ArgumentParser(description="Fine-tune adapters on tasks.")
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that win")
     parser.add_argument("--resume", action="store_true", help="go on with the run in run.dir")
     parser.add_argument("--print-config", action="store_true", help="print all settings and stop")
+    parser.add_argument("--profile", type=whole_number, metavar="N", help="N steps, by torch")
     options = parser.parse_intermixed_args(argv)
     config = configs.load(TrainConfig, options.config, options.overrides, mlora_config.translate)
     if options.print_config:
@@ -65,6 +78,8 @@ def main(argv: list[str]) -> int:
     # Everything that can be wrong is found before anything is written or trained.
     if config.run.plot:
         require_matplotlib()
+    if config.run.tensorboard:
+        require_tensorboard()
     torch.manual_seed(config.run.seed)
     asked_of = {
         r.name: load_questions(r.eval.protocol, r.data.dir, r.eval.tasks, r.eval.max_rows)
@@ -83,6 +98,9 @@ def main(argv: list[str]) -> int:
                 f"max_position_embeddings {model.config.max_position_embeddings}"
             )
     folder = open_run_folder(config, options.resume)
+    status = during.enter_context(Status(folder))
+    if options.profile:
+        during.enter_context(profiled(folder, options.profile))
 
     results: dict[str, dict] = {"base": {}}
     for run in config.runs():
@@ -90,7 +108,7 @@ def main(argv: list[str]) -> int:
         new = {task: rows for task, rows in asked.items() if task not in results["base"]}
         results["base"] |= score(model, tokenizer, new, run.eval)
     waiting = (
-        AdapterTraining(model, config, run, dataset, folder / run.name, options.resume)
+        AdapterTraining(model, config, run, dataset, folder / run.name, options.resume, status)
         for run, dataset in zip(config.runs(), datasets, strict=True)
     )
     failed = []
@@ -104,6 +122,7 @@ def main(argv: list[str]) -> int:
     report(config, folder, results)
     if failed:
         raise InputError(f"stopped before their last step, as told above: {', '.join(failed)}")
+    status.finish()
     return 0
 
 
@@ -128,6 +147,7 @@ class AdapterTraining:
         dataset: Dataset,
         folder: Path,
         resume: bool,
+        status: Status,
     ) -> None:
         torch.manual_seed(config.run.seed)
         begin_adapter(model, run)
@@ -136,7 +156,7 @@ class AdapterTraining:
         self.generator.set_state(torch.get_rng_state())
         mixlora.print_trainable_parameters(model, run.name)
         self.model, self.run, self.folder = model, run, folder
-        self.name, self.save = run.name, config.run
+        self.name, self.save, self.status = run.name, config.run, status
         self.device = next(model.parameters()).device
         self.dataset = dataset
         self.order = Order(dataset, run.data, run.train.batch_size, config.run.seed)
@@ -154,7 +174,7 @@ class AdapterTraining:
         self.step = load_checkpoint(saved[-1], *of_run) if saved else 0  # so many are done
         if resume:
             print(f"{run.name}: goes on after step {self.step} of {self.num_steps}")
-        self.log = MetricsLog(folder / "metrics.jsonl", self.step)
+        self.log = MetricsLog(folder / "metrics.jsonl", self.step, config.run.tensorboard)
         self.progress = Progress(f"train {run.name}", self.num_steps, "steps", self.step)
         self.failure: str | None = None
         self.begin_step()
@@ -224,6 +244,7 @@ class AdapterTraining:
             **routing_metrics(self.forwards),
         )
         self.progress.advance(loss=f"{loss:.4f}", tokens_per_s=f"{speed:.0f}")
+        self.status.tell(self.name, self.step, self.num_steps, loss, speed)
         if self.step % self.save.save_every_steps == 0 or self.step == self.num_steps:
             save_checkpoint(
                 *(self.folder / "checkpoints", self.step, self.model, self.name),
@@ -321,6 +342,8 @@ def report(config: TrainConfig, folder: Path, results: dict) -> None:
     if config.run.plot:
         metrics = {run.name: folder / run.name / "metrics.jsonl" for run in runs}
         plot_run(folder / "summary.png", metrics, shown)
+        for path in metrics.values():
+            plot_routing(path.with_name("routing.png"), path)
     print(f"the run is in {folder}")
 
 
