@@ -1,13 +1,14 @@
 """Training steps on rows of instructions: padded, grouped by length, and packed.
 
     python -m benchmarks.bench_packing --data alpaca.json --tokenizer FOLDER
-           [--base FOLDER | --model small --layers 2] [--batch 16] [--max-seq-len 512] [--steps 12]
+           [--base FOLDER | --hidden 256 --layers 4] [--batch 16] [--max-seq-len 512] [--steps 12]
            [--adapter MixLoRA] [--dtype float32] [--device cuda]
 
-Without --base the model is random, one of bench_train_step's, with the tokenizer's vocabulary. The
-steps (forward, loss, backward, clipping, AdamW) of the three ways take turns in one process. Padded
-and packed steps have the same samples, so their times compare pair by pair; those of grouped ones
-are others. Tokens are real ones, without padding. "area" is the share of a batch that is real.
+Without --base the model is random, with F = 2.75 D, heads of 64 and a vocabulary of 4096, small
+beside the layers as in a large model: the tokenizer's ids are taken modulo it. The steps (forward,
+loss, backward, clipping, AdamW) of the three ways take turns in one process. Padded and packed
+steps have the same samples, so their times compare pair by pair; those of grouped ones are others.
+Tokens are real ones, without padding. "area" is the share of a batch that is real.
 """
 
 import sys
@@ -19,7 +20,7 @@ from torch import Tensor
 
 import mixlora
 import models
-from benchmarks.bench_train_step import MODELS, SYSTEMS
+from benchmarks.bench_train_step import SYSTEMS
 from benchmarks.harness import print_header, step_time, table
 from benchmarks.train_step_worker import made_there
 from mixlora.adapters import trained_parameters
@@ -28,6 +29,15 @@ from mixlora.errors import ArgumentParser, command
 from mixlora.packing import packed
 from mixlora.sources import Source
 from mixlora.tokenizer import Tokenizer
+
+VOCABULARY, MANY = 4096, 1 << 20
+
+
+def folded(sample: Sample, V: int) -> Sample:
+    return Sample(
+        [token % V for token in sample.tokens],
+        [label if label < 0 else label % V for label in sample.labels],
+    )
 
 
 class Trainee:
@@ -76,9 +86,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--data", required=True, help="rows in alpaca's form")
     parser.add_argument("--tokenizer", required=True, help="folder of a checkpoint")
     parser.add_argument("--base", help="checkpoint folder; else a random model")
-    parser.add_argument("--model", choices=MODELS, default="small")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--vocabulary", type=int, default=32000, help="of the random model")
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--adapter", choices=SYSTEMS, default="MixLoRA")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--max-seq-len", type=int, default=512)
@@ -92,15 +101,21 @@ def main(argv: list[str]) -> int:
     if options.base:
         model = models.load(options.base, getattr(torch, options.dtype), options.device)
     else:
-        sizes = {**MODELS[options.model], "vocab_size": options.vocabulary}
+        sizes = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": options.hidden,
+            "intermediate_size": options.hidden * 11 // 4,
+            "num_attention_heads": options.hidden // 64,
+            "num_hidden_layers": options.layers,
+        }
         with made_there(vars(options)):
-            model = models.new(
-                {"model_type": "llama", **sizes, "num_hidden_layers": options.layers}
-            )
+            model = models.new({"model_type": "llama", **sizes})
     trainee = Trainee(model, SYSTEMS[options.adapter][1])
     config = DataConfig(files=[Source(path=options.data)])
-    tokenizer = Tokenizer(Path(options.tokenizer), model.config.vocab_size)
+    tokenizer = Tokenizer(Path(options.tokenizer), MANY)
     dataset = load_dataset(config, tokenizer, options.max_seq_len)
+    V = model.config.vocab_size
+    dataset = dataset._replace(samples=[folded(sample, V) for sample in dataset.samples])
     lengths = sorted(len(sample.tokens) for sample in dataset.samples)
     print(
         f"{options.adapter}, {options.dtype}, {len(lengths)} samples, tokens: mean "
