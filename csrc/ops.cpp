@@ -36,6 +36,9 @@ STABLE_TORCH_LIBRARY(mixlora, m) {
 
   // A product with few rows, as in decoding: takes as long as W takes to be read.
   m.def("few_rows_linear(Tensor x_TI, Tensor w_OI, Tensor? bias_O) -> Tensor");
+  m.def(
+      "few_rows_lora(Tensor y_TO, Tensor x_TI, Tensor lora_a, Tensor lora_b, float scaling) -> "
+      "Tensor");
 
   // The matrix of each slot's expert, its transpose, and that matrix's gradient; and B A of rows
   // sorted by group.

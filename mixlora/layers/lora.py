@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from mixlora.layers.context import ForwardContext, Sequences, Span, put_together, rows_of
-from mixlora.ops import dropout, linear
+from mixlora.ops import dropout, few_rows_lora, is_few, linear
 from mixlora.ops.philox import seed_tensor
 
 
@@ -122,6 +122,10 @@ class Lora(LoraPair):
         self, x_BSI: Tensor, y_BSO: Tensor, base: Linear, context: ForwardContext, span: Span
     ) -> Tensor:
         p = self.dropout if self.training else 0.0
+        if not p and self.lora_magnitude_vector is None and is_few(x_BSI):
+            lora_a, lora_b = self.lora_A.to(x_BSI.dtype), self.lora_B.to(x_BSI.dtype)
+            y_TO, x_TI = y_BSO.flatten(0, -2), x_BSI.flatten(0, -2)
+            return few_rows_lora(y_TO, x_TI, lora_a, lora_b, self.scaling).view_as(y_BSO)
         sequences = context.sequences(span, self)
         a_BSR = of_dropped(linear, p, sequences, x_BSI, self.lora_A.to(x_BSI.dtype))
         delta_BSO = linear(a_BSR * self.scaling, self.lora_B.to(x_BSI.dtype))
