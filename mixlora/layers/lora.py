@@ -33,6 +33,8 @@ class Linear(nn.Module):
     def forward(self, x_BSI: Tensor, context: ForwardContext) -> Tensor:
         """The frozen product once over all rows; each adapter changes its own."""
         y_BSO = linear(x_BSI, self.weight, self.bias)
+        if len(context.spans) == 1 and context.spans[0].length is None:  # no view to be made
+            return self.adapt(context.spans[0], x_BSI, y_BSO, context)
         xs, ys = rows_of(context.spans, x_BSI), rows_of(context.spans, y_BSO)
         parts = [
             self.adapt(span, x_BSI, y_BSO, context)
@@ -124,8 +126,7 @@ class Lora(LoraPair):
         p = self.dropout if self.training else 0.0
         if not p and self.lora_magnitude_vector is None and is_few(x_BSI):
             lora_a, lora_b = self.lora_A.to(x_BSI.dtype), self.lora_B.to(x_BSI.dtype)
-            y_TO, x_TI = y_BSO.flatten(0, -2), x_BSI.flatten(0, -2)
-            return few_rows_lora(y_TO, x_TI, lora_a, lora_b, self.scaling).view_as(y_BSO)
+            return few_rows_lora(y_BSO, x_BSI, lora_a, lora_b, self.scaling)
         sequences = context.sequences(span, self)
         a_BSR = of_dropped(linear, p, sequences, x_BSI, self.lora_A.to(x_BSI.dtype))
         delta_BSO = linear(a_BSR * self.scaling, self.lora_B.to(x_BSI.dtype))

@@ -13,20 +13,18 @@ from torch import Tensor
 from mixlora.ops._switch import use_reference
 
 
-def few_rows_lora(
-    y_TO: Tensor, x_TI: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
-) -> Tensor:
-    """lora_a [R, I], lora_b [O, R] -> [T, O]."""
+def few_rows_lora(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """y [..., O], x [..., I], lora_a [R, I], lora_b [O, R] -> [..., O]."""
     run = few_rows_lora_ref if use_reference() else torch.ops.mixlora.few_rows_lora
-    return run(y_TO, x_TI, lora_a, lora_b, scaling)
+    return run(y, x, lora_a, lora_b, scaling)
 
 
 def few_rows_lora_ref(
-    y_TO: Tensor, x_TI: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
+    y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
 ) -> Tensor:
-    return y_TO + scaling * (x_TI @ lora_a.T) @ lora_b.T
+    return y + scaling * (x @ lora_a.T) @ lora_b.T
 
 
 @torch.library.register_fake("mixlora::few_rows_lora")
-def _(y_TO: Tensor, x_TI: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    return torch.empty_like(y_TO, memory_format=torch.contiguous_format)
+def _(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    return torch.empty_like(y, memory_format=torch.contiguous_format)

@@ -27,15 +27,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if use_reference():
         return linear_ref(x, weight, bias)
     if is_few(x):
-        y_TO = few_rows_linear(x.flatten(0, -2), weight, bias)
-        return y_TO.view(*x.shape[:-1], len(weight))
+        return few_rows_linear(x, weight, bias)
     return _WideLinear.apply(x, weight, bias) if is_emulated(x) else linear_ref(x, weight, bias)
 
 
 def is_few(x: Tensor) -> bool:
     """Whether the kernels for few rows are for x [..., I]."""
-    rows = x.shape[:-1].numel()
-    return rows <= FEW_ROWS and x.device.type == "cpu" and not torch.is_grad_enabled()
+    if torch.is_grad_enabled() or not x.is_cpu:
+        return False
+    return x.numel() <= FEW_ROWS * x.shape[-1]
 
 
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

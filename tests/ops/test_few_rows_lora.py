@@ -40,6 +40,9 @@ def test_against_the_library(shape: tuple[int, ...], dtype: torch.dtype) -> None
         wanted = ops.few_rows_lora_ref(*exact, 0.7)
         assert_close_to_ref64(found, ops.few_rows_lora_ref(*low, 0.7), wanted)
     assert torch.equal(few_rows_lora(*map(scattered, low), 0.7), found)
+    y_TO, x_TI, *pair = low
+    more = few_rows_lora(y_TO[None, :, None], x_TI[None, :, None], *pair, 0.7)
+    assert torch.equal(more, found[None, :, None])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -78,7 +81,7 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         sys.modules["mixlora.layers.lora"],
         "few_rows_lora",
-        lambda *x: calls.append(len(x[0])) or few_rows_lora(*x),
+        lambda *x: calls.append(x[0].shape[:-1].numel()) or few_rows_lora(*x),
     )
     base = Linear(12, 10)
     base.weight.data.copy_(normal(10, 12))
@@ -112,9 +115,9 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize(
     "place, shape, message",
     [
-        (0, (3, 5, 1), r"y_TO must be \[T, O\], got \[3, 5, 1\]"),
-        (0, (4, 5), r"y_TO must be \[T, O\] = \[3, 5\], got \[4, 5\]"),
-        (1, (8,), r"x_TI must be \[T, I\], got \[8\]"),
+        (0, (3, 5, 1), r"y must be \[..., O\] = \[3, 1\], got \[3, 5, 1\]"),
+        (0, (4, 5), r"y must be \[..., O\] = \[3, 5\], got \[4, 5\]"),
+        (1, (), r"x must be \[..., I\], got \[\]"),
         (2, (2, 9), r"lora_a must be \[R, I\] = \[2, 8\], got \[2, 9\]"),
         (3, (5, 3), r"lora_b must be \[O, R\] = \[5, 2\], got \[5, 3\]"),
     ],
@@ -126,7 +129,7 @@ def test_bad_shapes(place: int, shape: tuple[int, ...], message: str) -> None:
         few_rows_lora(*inputs, 0.5)
 
 
-@pytest.mark.parametrize("place, name", [(0, "y_TO"), (2, "lora_a"), (3, "lora_b")])
+@pytest.mark.parametrize("place, name", [(0, "y"), (2, "lora_a"), (3, "lora_b")])
 def test_bad_dtypes(place: int, name: str) -> None:
     inputs = [x.float() for x in inputs_of(3, 8, 5, 2)]
     inputs[place] = inputs[place].double()
