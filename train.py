@@ -3,7 +3,9 @@
 One YAML file says everything (docs/config.md). A run leaves in `run.dir`:
 
     config.yaml, data.json          the settings in full, and digests of the data
+    status.json                     where it stands: `python -m mixlora.watch <run.dir>`
     <adapter>/metrics.jsonl         a line per step
+    <adapter>/routing.png           how the experts fared, over the steps
     <adapter>/checkpoints/step-N/   what --resume goes on from
     <adapter>/adapter/              the trained adapter
     results.json, summary.png       accuracies of the base and of every adapter, and a picture
@@ -11,6 +13,7 @@ One YAML file says everything (docs/config.md). A run leaves in `run.dir`:
 docs/running.md says how a run is stopped and taken up, and what a failure leaves.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -36,19 +39,23 @@ from mixlora.evaluation import evaluate, load_questions
 from mixlora.faults import memory_for_training, non_finite_report
 from mixlora.files import write_json
 from mixlora.layers.adapted_model import AdaptedModel
-from mixlora.metrics import MetricsLog, Progress, routing_metrics, tell
+from mixlora.metrics import MetricsLog, Progress, require_tensorboard, routing_metrics, tell
 from mixlora.ops import Routing
 from mixlora.ops.philox import draw_seed
 from mixlora.optim import lr_at, make_optimizer, set_lr
+from mixlora.packing import packed
+from mixlora.profiling import profiled, whole_number
 from mixlora.report import (
     accuracy_table,
     averages,
     one_column,
+    plot_routing,
     plot_run,
     provenance,
     require_matplotlib,
 )
 from mixlora.run_folder import digests, open_run_folder
+from mixlora.status import Status
 from mixlora.stopping import Stop
 from mixlora.tasks import data_file
 from mixlora.tokenizer import Tokenizer
@@ -58,12 +65,19 @@ from mixlora.train_config import AdapterRun, EvalConfig, ModelConfig, TrainConfi
 @command
 @processes.together
 def main(argv: list[str]) -> int:
+    with contextlib.ExitStack() as during:
+        return train(argv, during)
+
+
+def train(argv: list[str], during: contextlib.ExitStack) -> int:
+    """`during`: what is closed at the end, however that comes."""
     parser = ArgumentParser(description="Fine-tune adapters on tasks.")
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that win")
     parser.add_argument("--resume", action="store_true", help="go on with the run in run.dir")
     parser.add_argument("--allow-changes", action="store_true", help="--resume with new settings")
     parser.add_argument("--print-config", action="store_true", help="print all settings and stop")
+    parser.add_argument("--profile", type=whole_number, metavar="N", help="N steps, by torch")
     options = parser.parse_intermixed_args(argv)
     if options.allow_changes and not options.resume:
         raise InputError("--allow-changes must go with --resume")
@@ -75,6 +89,8 @@ def main(argv: list[str]) -> int:
     # Everything that can be wrong is found before anything is written or trained.
     if config.run.plot:
         require_matplotlib()
+    if config.run.tensorboard:
+        require_tensorboard()
     torch.manual_seed(config.run.seed)
     asked_of = {
         r.name: load_questions(r.eval.protocol, r.data.dir, r.eval.tasks, r.eval.max_rows)
@@ -96,6 +112,9 @@ def main(argv: list[str]) -> int:
         data = {r.name: digests(d, r.data) for r, d in zip(config.runs(), datasets, strict=True)}
         open_run_folder(config, data, options.resume, options.allow_changes)
     processes.wait()
+    status = during.enter_context(Status(folder))
+    if options.profile and processes.is_first():
+        during.enter_context(profiled(folder, options.profile))
 
     results: dict[str, dict] = {"base": {}}
     for run in config.runs():
@@ -103,7 +122,7 @@ def main(argv: list[str]) -> int:
         new = {task: rows for task, rows in asked.items() if task not in results["base"]}
         results["base"] |= score(model, tokenizer, new, run.eval)
     waiting = (
-        AdapterTraining(model, config, run, dataset, folder / run.name, options.resume)
+        AdapterTraining(model, config, run, dataset, folder / run.name, options.resume, status)
         for run, dataset in zip(config.runs(), datasets, strict=True)
     )
     failed = []
@@ -125,6 +144,7 @@ def main(argv: list[str]) -> int:
         report(config, folder, results)
     if failed:
         raise InputError(f"stopped before their last step, as told above: {', '.join(failed)}")
+    status.finish()
     return 0
 
 
@@ -150,13 +170,14 @@ class AdapterTraining:
         dataset: Dataset,
         folder: Path,
         resume: bool,
+        status: Status,
     ) -> None:
         torch.manual_seed(config.run.seed)
         begin_adapter(model, run)
         self.generator = model.generators[run.name] = torch.Generator()
         mixlora.print_trainable_parameters(model, run.name)
         self.model, self.run, self.folder = model, run, folder
-        self.name, self.save = run.name, config.run
+        self.name, self.save, self.status = run.name, config.run, status
         self.device = next(model.parameters()).device
         self.dataset = dataset
         self.order = Order(dataset, run.data, run.train.batch_size, config.run.seed)
@@ -183,7 +204,7 @@ class AdapterTraining:
         self.saved_step = self.step
         if resume:
             print(f"{run.name}: goes on after step {self.step} of {self.num_steps}")
-        self.log = MetricsLog(folder / "metrics.jsonl", self.step)
+        self.log = MetricsLog(folder / "metrics.jsonl", self.step, config.run.tensorboard)
         self.progress = Progress(f"train {run.name}", self.num_steps, "steps", self.step)
         self.failure: str | None = None
         self.begin_step()
@@ -207,6 +228,8 @@ class AdapterTraining:
             return
         chosen = [self.dataset.samples[i] for i in self.order.samples(self.step)]
         micro = self.run.train.micro_batch_size or self.run.train.batch_size
+        if self.run.data.packing:
+            chosen = packed(chosen, self.run.train.max_seq_len)
         parts = [chosen[i : i + micro] for i in range(0, len(chosen), micro)]
         self.batches = [
             part and collate(part, self.device, self.dataset.pad_id)
@@ -266,6 +289,7 @@ class AdapterTraining:
             **routing_metrics(self.forwards),
         )
         self.progress.advance(loss=f"{loss:.4f}", tokens_per_s=f"{speed:.0f}")
+        self.status.tell(self.name, self.step, self.num_steps, loss, speed)
         self.end_step()
 
     def drop_step(self, loss: float, router_loss: float, norm: float) -> None:
@@ -381,6 +405,7 @@ def forward_backward(
         batch.tokens_BS,
         mask_BS=batch.mask_BS,
         positions_BS=batch.positions_BS,
+        segments_BS=batch.segments_BS,
         adapters=spans,
         labels_BS=batch.labels_BS,
         by_row=True,
@@ -437,6 +462,8 @@ def report(config: TrainConfig, folder: Path, results: dict) -> None:
     if config.run.plot:
         metrics = {run.name: folder / run.name / "metrics.jsonl" for run in runs}
         plot_run(folder / "summary.png", metrics, shown)
+        for path in metrics.values():
+            plot_routing(path.with_name("routing.png"), path)
     print(f"the run is in {folder}")
 
 

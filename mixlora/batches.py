@@ -34,13 +34,19 @@ def joined(batches: dict[str, Batch]) -> tuple[Batch, list[Span]]:
     def rows(parts: list[Tensor], filler: int) -> Tensor:
         return torch.cat([F.pad(x_BS, (0, S - x_BS.shape[1]), value=filler) for x_BS in parts])
 
-    tokens, masks, labels, num_labels, positions = zip(*batches.values(), strict=True)
+    tokens, masks, labels, num_labels, positions, segments = zip(*batches.values(), strict=True)
     tokens_BS = rows(tokens, 0)
-    positions_BS = None
-    if any(x_BS is not None for x_BS in positions):  # the same where it is not given
+    positions_BS = segments_BS = None
+    if any(x_BS is not None for x_BS in segments):  # a row that is not packed is one segment
+        one = [torch.zeros_like(x_BS) for x_BS in tokens]
+        segments_BS = rows(
+            [x if x is not None else y for x, y in zip(segments, one, strict=True)], -1
+        )
+    elif any(x_BS is not None for x_BS in positions):  # the same where it is not given
         positions_BS = torch.arange(S, device=tokens_BS.device).expand_as(tokens_BS)
     batch = Batch(
-        *(tokens_BS, rows(masks, False), rows(labels, NO_LABEL)), sum(num_labels), positions_BS
+        *(tokens_BS, rows(masks, False), rows(labels, NO_LABEL)),
+        *(sum(num_labels), positions_BS, segments_BS),
     )
     ends = itertools.accumulate(map(len, tokens), initial=0)
     spans = [

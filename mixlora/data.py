@@ -31,17 +31,28 @@ class DataConfig:
     truncate: Literal["prompt_start", "end"] = "prompt_start"  # what a long sample loses
     reshuffle: bool = True  # false: the first epoch's order in every epoch
     group_by_length: bool = False  # samples of a batch have similar lengths: less padding
+    packing: bool = False  # a step's samples share rows of max_seq_len: nearly none
 
     def __post_init__(self) -> None:
         if self.max_samples is not None and self.max_samples < 1:
             raise InputError(f"max_samples must be >= 1, got {self.max_samples}")
         if len(set(self.tasks)) < len(self.tasks):
             raise InputError(f"tasks must name each task once, got {', '.join(self.tasks)}")
+        if self.packing and self.loss_on == "padded_text":
+            raise InputError("packing leaves no padding to learn: loss_on must be answer or text")
 
 
 class Sample(NamedTuple):
     tokens: list[int]
     labels: list[int]  # the token itself, or NO_LABEL; the first token never has one
+
+
+class PackedRow(NamedTuple):
+    """Samples one behind the other."""
+
+    tokens: list[int]
+    labels: list[int]
+    lengths: list[int]  # of the samples
 
 
 class Part(NamedTuple):
@@ -71,6 +82,7 @@ class Batch(NamedTuple):
     labels_BS: Tensor
     num_labels: int
     positions_BS: Tensor | None = None  # None: of the real tokens
+    segments_BS: Tensor | None = None  # of packed rows: their samples from 0, padding -1
 
 
 def load_dataset(config: DataConfig, tokenizer: Tokenizer, max_seq_len: int) -> Dataset:
@@ -219,15 +231,17 @@ class Order:
 
 
 def collate(
-    samples: list[Sample], device: str | torch.device = "cpu", pad_id: int | None = None
+    samples: list[Sample] | list[PackedRow],
+    device: str | torch.device = "cpu",
+    pad_id: int | None = None,
 ) -> Batch:
-    """With `pad_id` as the published training does it: padding is learned, and every token that
-    is like it is hidden from attention, wherever it stands."""
+    """A row each. With `pad_id` as the published training does it: padding is learned, and every
+    token that is like it is hidden from attention, wherever it stands."""
     B, S = len(samples), max(len(sample.tokens) for sample in samples)
     tokens_BS = torch.full((B, S), pad_id or 0)
     mask_BS = torch.zeros(B, S, dtype=torch.bool)
     labels_BS = torch.full((B, S), NO_LABEL if pad_id is None else pad_id)
-    for b, (tokens, labels) in enumerate(samples):
+    for b, (tokens, labels, *_) in enumerate(samples):
         tokens_BS[b, : len(tokens)] = torch.tensor(tokens)
         mask_BS[b, : len(tokens)] = True
         labels_BS[b, : len(tokens)] = torch.tensor(labels)
@@ -236,5 +250,13 @@ def collate(
         mask_BS = tokens_BS != pad_id
         positions_BS = torch.arange(S).expand(B, S).to(device)
     num_labels = int((labels_BS[:, 1:] != NO_LABEL).sum())
+    segments_BS = None
+    if isinstance(samples[0], PackedRow):
+        segments_BS = torch.full((B, S), -1)
+        for b, row in enumerate(samples):
+            segments = torch.arange(len(row.lengths))
+            segments = segments.repeat_interleave(torch.tensor(row.lengths))
+            segments_BS[b, : len(segments)] = segments
+        segments_BS = segments_BS.to(device)
     tensors = (x.to(device) for x in (tokens_BS, mask_BS, labels_BS))
-    return Batch(*tensors, num_labels, positions_BS)
+    return Batch(*tensors, num_labels, positions_BS, segments_BS)

@@ -13,6 +13,7 @@ from pathlib import Path
 from mixlora.errors import InputError
 from mixlora.evaluation import TaskResult
 
+MAX_COLUMNS = 300  # of a picture over time; a long run's steps share them
 MAX_COUNTS = 10  # answers in a line of the table; a task of numbers has hundreds
 
 
@@ -178,6 +179,60 @@ def plot_run(
         figure.colorbar(image, ax=axis, label="share of selections")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def plot_routing(path: Path, metrics: Path) -> None:
+    """How the routers of a run fared, layer by layer and step by step, as one PNG: each expert's
+    load, and of each layer entropy, dropped tokens and dead experts. No router, no picture."""
+    steps = [json.loads(line) for line in open(metrics)]
+    steps = [step for step in steps if step.get("expert_load")]
+    if not steps:
+        return
+    require_matplotlib()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    width = -(-len(steps) // MAX_COLUMNS)
+    columns = [steps[i : i + width] for i in range(0, len(steps), width)]
+    num_layers, num_experts = len(steps[0]["expert_load"]), max(map(len, steps[0]["expert_load"]))
+    panels = {  # key of the log: title, highest value of the scale, None = the highest found
+        "expert_load": (f"expert load (even: {1 / num_experts:.3f})", None),
+        "router_entropy": ("the router's entropy, nats", math.log(num_experts)),
+        "dropped_tokens": ("share of the tokens dropped", None),
+        "dead_experts": ("experts that none selected of late", num_experts),
+    }
+    figure, axes = plt.subplots(2, 2, figsize=(13, 8), layout="constrained")
+    for axis, (key, (title, highest)) in zip(axes.flat, panels.items(), strict=True):
+        image = [_mean([_column(step[key], num_experts) for step in part]) for part in columns]
+        shown = axis.imshow(
+            list(zip(*image, strict=True)),
+            aspect="auto",
+            interpolation="nearest",
+            extent=(steps[0]["step"] - 0.5, steps[-1]["step"] + 0.5, num_layers - 0.5, -0.5),
+            vmin=0,
+            vmax=highest or max(1e-9, max(map(max, image))),
+        )
+        axis.set(title=title, xlabel="step", ylabel="layer")
+        axis.locator_params(integer=True)
+        for layer in range(1, num_layers):
+            axis.axhline(layer - 0.5, color="white", linewidth=0.8)
+        figure.colorbar(shown, ax=axis)
+    axes[0, 0].set_ylabel(f"layer, and in it its {num_experts} experts")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _column(layers: list, num_experts: int) -> list[float]:
+    """A value for every layer, or for every expert of it; 0 for those that a layer lacks."""
+    if not isinstance(layers[0], list):
+        return layers
+    return [value for x in layers for value in (*x, *[0] * (num_experts - len(x)))]
+
+
+def _mean(columns: list[list[float]]) -> list[float]:
+    return [sum(row) / len(columns) for row in zip(*columns, strict=True)]
 
 
 def _smooth(values: list[float], window: int = 10) -> list[float]:

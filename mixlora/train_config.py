@@ -67,7 +67,8 @@ class RunConfig:
     overwrite: bool = False  # delete an earlier run in dir
     save_every_steps: int = 500  # the last step is always saved
     keep_last: int = 2  # checkpoints
-    plot: bool = True  # summary.png, by matplotlib
+    plot: bool = True  # summary.png and routing.png, by matplotlib
+    tensorboard: bool = False  # <adapter>/tensorboard: the numbers of metrics.jsonl
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 32:

@@ -1,6 +1,8 @@
 """Mathematics that the model families share to the bit. A family's differences live in its file."""
 
-from typing import Any
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mixlora.errors import InputError, did_you_mean
+from mixlora.layers.context import split, starts
 from mixlora.layers.kv_cache import KvCache
 from mixlora.ops import ACTIVATIONS, linear
 
@@ -113,9 +116,16 @@ def positions_of(tokens_BS: Tensor, mask_BS: Tensor | None, segments_BS: Tensor 
     place_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
     if segments_BS is None:
         return place_BS
-    starts_BS = torch.ones_like(segments_BS, dtype=torch.bool)
-    starts_BS[:, 1:] = segments_BS[:, 1:] != segments_BS[:, :-1]
-    return place_BS - (place_BS * starts_BS).cummax(1).values
+    return place_BS - (place_BS * starts(segments_BS)).cummax(1).values
+
+
+class Documents(NamedTuple):
+    """What may attend in packed rows: each document to itself alone, causally."""
+
+    lengths: list[int]  # of all documents and runs of padding, row by row
+
+
+Mask = Tensor | Documents | None  # bool [B, 1, S, L], True = may attend; None = causal
 
 
 def attention_mask(
@@ -124,10 +134,8 @@ def attention_mask(
     segments_BS: Tensor | None,
     cache: KvCache | None,
     window: int | None = None,
-) -> Tensor | None:
-    """bool [B, 1, S, L], True = may attend; None stands for the plain causal triangle.
-
-    A token sees the real tokens at or before it, of its own segment; padding, which must see
+) -> Mask:
+    """A token sees the real tokens at or before it, of its own segment; padding, which must see
     something so that its softmax is not NaN, itself, or with a cache its row's first token. With a
     window a token sees the nearest `window` of them, itself among them; padding does not count,
     wherever it stands.
@@ -144,6 +152,10 @@ def attention_mask(
         window = None
     if mask_BS is None and segments_BS is None and window is None:
         return None
+    if segments_BS is not None:
+        documents = documents_of(mask_BS, segments_BS)
+        if documents and (window is None or window >= max(documents.lengths)):
+            return documents
     key_S = torch.arange(S, device=device)
     allowed = (key_S <= key_S[:, None])[None]
     if mask_BS is not None:
@@ -154,6 +166,46 @@ def attention_mask(
         place_BS = key_S[None] if mask_BS is None else mask_BS.cumsum(1)
         allowed = allowed & (place_BS[:, :, None] - place_BS[:, None] < window)
     return (allowed | (key_S == key_S[:, None]))[:, None]
+
+
+def documents_of(mask_BS: Tensor | None, segments_BS: Tensor) -> Documents | None:
+    """None where padding stands within a segment: it ends none, but must be left out."""
+    starts_BS = starts(segments_BS)
+    if not starts_BS.numel() or (mask_BS is not None and (starts(mask_BS) & ~starts_BS).any()):
+        return None
+    start_Q = starts_BS.flatten().nonzero().flatten().tolist()
+    return Documents([b - a for a, b in itertools.pairwise([*start_Q, segments_BS.numel()])])
+
+
+def masked_attention(
+    q_BHSC: Tensor, k_BGLC: Tensor, v_BGLC: Tensor, mask_B1SL: Tensor | None
+) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q_BHSC, k_BGLC, v_BGLC, mask_B1SL, is_causal=mask_B1SL is None, enable_gqa=True
+    )
+
+
+def attend(
+    q_BHSC: Tensor,
+    k_BGLC: Tensor,
+    v_BGLC: Tensor,
+    mask: Mask,
+    product: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = masked_attention,
+) -> Tensor:
+    """softmax(q k^T / sqrt(C)) v, or what `product` makes of q, k, v and mask.
+
+    Packed rows are cut into their documents: a mask would cost S^2 a row, and most of it nothing
+    but zeros. So a document's result is that of the document alone.
+    """
+    if not isinstance(mask, Documents):
+        return product(q_BHSC, k_BGLC, v_BGLC, mask)
+    B, _, S, _ = q_BHSC.shape
+    rows = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHSC, k_BGLC, v_BGLC))
+    documents = zip(*(split(x_THC, mask.lengths) for x_THC in rows), strict=True)
+    y_THC = torch.cat(
+        [product(*(x.transpose(0, 1)[None] for x in d), None)[0].transpose(0, 1) for d in documents]
+    )
+    return y_THC.unflatten(0, (B, S)).transpose(1, 2)
 
 
 def next_token_loss(

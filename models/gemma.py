@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,8 +23,11 @@ from mixlora.layers.mixlora_ffn import FeedForward
 from models import common
 from models.common import (
     Head,
+    Mask,
+    attend,
     attention_mask,
     check_sizes,
+    masked_attention,
     next_token_loss,
     positions_of,
     widened,
@@ -76,6 +78,8 @@ class RMSNorm(common.RMSNorm):
 
 
 class Attention(nn.Module):
+    product = staticmethod(masked_attention)
+
     def __init__(self, config: GemmaConfig, layer: int) -> None:
         super().__init__()
         D, C, bias = config.hidden_size, config.head_dim, config.attention_bias
@@ -89,7 +93,7 @@ class Attention(nn.Module):
         self,
         x_BSD: Tensor,
         rope: Tensor,
-        mask_B1SL: Tensor | None,
+        mask: Mask,
         cache: KvCache | None,
         context: ForwardContext,
     ) -> Tensor:
@@ -98,15 +102,8 @@ class Attention(nn.Module):
         v_BGSC = self._heads(self.v_proj(x_BSD, context))
         if cache is not None:
             k_BGSC, v_BGSC = cache.append(self.layer, k_BGSC, v_BGSC)
-        y_BHSC = self.attend(q_BHSC, k_BGSC, v_BGSC, mask_B1SL)
+        y_BHSC = attend(q_BHSC, k_BGSC, v_BGSC, mask, self.product)
         return self.o_proj(y_BHSC.transpose(1, 2).flatten(2), context)
-
-    def attend(
-        self, q_BHSC: Tensor, k_BGLC: Tensor, v_BGLC: Tensor, mask_B1SL: Tensor | None
-    ) -> Tensor:
-        return F.scaled_dot_product_attention(
-            q_BHSC, k_BGLC, v_BGLC, mask_B1SL, is_causal=mask_B1SL is None, enable_gqa=True
-        )
 
     def _heads(self, x_BSI: Tensor) -> Tensor:
         return x_BSI.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -126,12 +123,12 @@ class Block(nn.Module):
         self,
         x_BSD: Tensor,
         rope: Tensor,
-        mask_B1SL: Tensor | None,
+        mask: Mask,
         cache: KvCache | None,
         context: ForwardContext,
     ) -> Tensor:
         self.prompt_router(x_BSD, context)
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, mask_B1SL, cache, context)
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, mask, cache, context)
         return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD), context)
 
 
@@ -168,10 +165,10 @@ class Gemma(AdaptedModel):
         mask_BS: Tensor | None,
         segments_BS: Tensor | None,
         cache: KvCache | None,
-    ) -> list[Tensor | None]:
+    ) -> list[Mask]:
         """What the tokens of each layer may attend to."""
-        mask_B1SL = attention_mask(tokens_BS, mask_BS, segments_BS, cache)
-        return [mask_B1SL] * self.config.num_hidden_layers
+        mask = attention_mask(tokens_BS, mask_BS, segments_BS, cache)
+        return [mask] * self.config.num_hidden_layers
 
     def forward(
         self,
@@ -212,13 +209,11 @@ class Gemma(AdaptedModel):
         x_BSD = x_BSD * torch.tensor(self.config.hidden_size**0.5, dtype=x_BSD.dtype).item()
         rope, C = self.config.rope_parameters, self.config.head_dim
         rope = rotary(rope, positions_BS, segments_BS, C, x_BSD.dtype)
-        for block, mask_B1SL in zip(self.model.layers, masks, strict=True):
+        for block, mask in zip(self.model.layers, masks, strict=True):
             if self.gradient_checkpointing and self.training:
-                x_BSD = checkpoint(
-                    block, x_BSD, rope, mask_B1SL, cache, context, use_reentrant=False
-                )
+                x_BSD = checkpoint(block, x_BSD, rope, mask, cache, context, use_reentrant=False)
             else:
-                x_BSD = block(x_BSD, rope, mask_B1SL, cache, context)
+                x_BSD = block(x_BSD, rope, mask, cache, context)
         x_BSD = self.model.norm(x_BSD)
 
         if labels_BS is not None:
@@ -280,7 +275,7 @@ class Gemma2Attention(Attention):
         super().__init__(config, layer)
         self.scale, self.cap = config.query_pre_attn_scalar**-0.5, config.attn_logit_softcapping
 
-    def attend(
+    def product(
         self, q_BHSC: Tensor, k_BGLC: Tensor, v_BGLC: Tensor, mask_B1SL: Tensor | None
     ) -> Tensor:
         """Written out: scaled_dot_product_attention has no place for the cap."""
@@ -312,12 +307,12 @@ class Gemma2Block(nn.Module):
         self,
         x_BSD: Tensor,
         rope: Tensor,
-        mask_B1SL: Tensor | None,
+        mask: Mask,
         cache: KvCache | None,
         context: ForwardContext,
     ) -> Tensor:
         self.prompt_router(x_BSD, context)
-        y_BSD = self.self_attn(self.input_layernorm(x_BSD), rope, mask_B1SL, cache, context)
+        y_BSD = self.self_attn(self.input_layernorm(x_BSD), rope, mask, cache, context)
         x_BSD = x_BSD + self.post_attention_layernorm(y_BSD)
         y_BSD = self.mlp(self.pre_feedforward_layernorm(x_BSD), context)
         return x_BSD + self.post_feedforward_layernorm(y_BSD)
@@ -348,10 +343,10 @@ class Gemma2(Gemma):
         mask_BS: Tensor | None,
         segments_BS: Tensor | None,
         cache: KvCache | None,
-    ) -> list[Tensor | None]:
+    ) -> list[Mask]:
         inputs = (tokens_BS, mask_BS, segments_BS, cache)
-        mask_B1SL = {
+        masks = {
             "full_attention": attention_mask(*inputs),
             "sliding_attention": attention_mask(*inputs, self.config.sliding_window),
         }
-        return [mask_B1SL[name] for name in self.config.layer_types]
+        return [masks[name] for name in self.config.layer_types]

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,7 +18,16 @@ from mixlora.layers.kv_cache import KvCache
 from mixlora.layers.lora import Linear
 from mixlora.layers.milora import PromptRouting
 from mixlora.layers.mixlora_ffn import FeedForward
-from models.common import Head, RMSNorm, attention_mask, check_sizes, next_token_loss, positions_of
+from models.common import (
+    Head,
+    Mask,
+    RMSNorm,
+    attend,
+    attention_mask,
+    check_sizes,
+    next_token_loss,
+    positions_of,
+)
 from models.rotary import Rope, apply_rotary, rotary
 
 
@@ -59,7 +67,7 @@ class Attention(nn.Module):
         self,
         x_BSD: Tensor,
         rope: Tensor,
-        mask_B1SL: Tensor | None,
+        mask: Mask,
         cache: KvCache | None,
         context: ForwardContext,
     ) -> Tensor:
@@ -68,9 +76,7 @@ class Attention(nn.Module):
         v_BGSC = self._heads(self.v_proj(x_BSD, context))
         if cache is not None:
             k_BGSC, v_BGSC = cache.append(self.layer, k_BGSC, v_BGSC)
-        y_BHSC = F.scaled_dot_product_attention(
-            q_BHSC, k_BGSC, v_BGSC, mask_B1SL, is_causal=mask_B1SL is None, enable_gqa=True
-        )
+        y_BHSC = attend(q_BHSC, k_BGSC, v_BGSC, mask)
         return self.o_proj(y_BHSC.transpose(1, 2).flatten(2), context)
 
     def _heads(self, x_BSI: Tensor) -> Tensor:
@@ -91,12 +97,12 @@ class Block(nn.Module):
         self,
         x_BSD: Tensor,
         rope: Tensor,
-        mask_B1SL: Tensor | None,
+        mask: Mask,
         cache: KvCache | None,
         context: ForwardContext,
     ) -> Tensor:
         self.prompt_router(x_BSD, context)
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, mask_B1SL, cache, context)
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, mask, cache, context)
         return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD), context)
 
 
@@ -152,20 +158,16 @@ class Mistral(AdaptedModel):
             positions_BS = cached_positions_BS if positions_BS is None else positions_BS
         elif positions_BS is None:
             positions_BS = positions_of(tokens_BS, mask_BS, segments_BS)
-        mask_B1SL = attention_mask(
-            tokens_BS, mask_BS, segments_BS, cache, self.config.sliding_window
-        )
+        mask = attention_mask(tokens_BS, mask_BS, segments_BS, cache, self.config.sliding_window)
 
         x_BSD = self.model.embed_tokens(tokens_BS)
         rope, C = self.config.rope_parameters, self.config.head_dim
         rope = rotary(rope, positions_BS, segments_BS, C, x_BSD.dtype)
         for block in self.model.layers:
             if self.gradient_checkpointing and self.training:
-                x_BSD = checkpoint(
-                    block, x_BSD, rope, mask_B1SL, cache, context, use_reentrant=False
-                )
+                x_BSD = checkpoint(block, x_BSD, rope, mask, cache, context, use_reentrant=False)
             else:
-                x_BSD = block(x_BSD, rope, mask_B1SL, cache, context)
+                x_BSD = block(x_BSD, rope, mask, cache, context)
         x_BSD = self.model.norm(x_BSD)
 
         if labels_BS is not None:

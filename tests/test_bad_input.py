@@ -188,6 +188,11 @@ CONFIGS: dict[str, Case] = {
     "neither steps nor epochs": config("  steps: 1\n", "", "config.yaml:13: train.steps or epochs"),
     "NUL in a path": config("dir: ", 'dir: "a\\0b" #', "config.yaml:4: data.dir must be text"),
     "no tasks": config("[arc-e]", "[]", "data.tasks or data.files"),
+    "packing of learned padding": config(
+        "[arc-e]",
+        "[arc-e]\n  packing: true\n  loss_on: padded_text",
+        "config.yaml:6: data.packing leaves no padding to learn: loss_on must be answer or text",
+    ),
     "task twice": config("[arc-e]", "[arc-e, arc-e]", "config.yaml:5: data.tasks", "once"),
     "unknown projection": config(
         "r: 2",

@@ -333,7 +333,7 @@ def test_the_published_padding_is_learned(checkpoint: Path) -> None:
     assert batch.positions_BS.tolist() == [[0, 1, 2, 3, 4]] * 2
     assert batch.num_labels == 2 * 4
     model = models.load(checkpoint)
-    tokens, mask, labels, _, positions = batch
+    tokens, mask, labels, _, positions, _ = batch
     logits = model(tokens, mask_BS=mask, positions_BS=positions)
     loss, num_labels = model(tokens, mask_BS=mask, positions_BS=positions, labels_BS=labels)
     published = cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())

@@ -94,4 +94,5 @@ def test_routing_is_summed_over_layers_and_forwards() -> None:
 
 
 def test_without_a_router_there_is_nothing_to_tell() -> None:
-    assert routing_metrics([[], []]) == {"expert_load": [], "router_entropy": []}
+    nothing = {"expert_load": [], "router_entropy": [], "dropped_tokens": []}
+    assert routing_metrics([[], []]) == nothing

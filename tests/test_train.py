@@ -91,7 +91,7 @@ def test_a_run_on_files(settings: dict, tmp_path: Path, checkpoint: Path, loss_o
     model = models.load(checkpoint)
     losses = num_labels = 0
     for part in (chosen[:3], chosen[3:6], chosen[6:]):
-        tokens, mask, labels, _, positions = collate(part, pad_id=dataset.pad_id)
+        tokens, mask, labels, _, positions, _ = collate(part, pad_id=dataset.pad_id)
         logits = model(tokens, mask_BS=mask, positions_BS=positions)[:, :-1].flatten(0, 1)
         wanted = labels[:, 1:].flatten()
         losses += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")

@@ -236,7 +236,11 @@ class PromptRouting(nn.Module):
         if context.segments_BS is None:
             return weight_BQE.expand(B, S, E)
         document_BS1 = span.rows(context.document_BS)[..., None]
-        return weight_BQE.gather(1, document_BS1.expand(B, S, E))
+        weight_BSE = weight_BQE.gather(1, document_BS1.expand(B, S, E))
+        if context.mask_BS is None:
+            return weight_BSE
+        # padding is a document of its own: for its sake alone no module is to be active
+        return weight_BSE * span.rows(context.mask_BS)[..., None]
 
 
 class MiLora(LoraPair):

@@ -146,7 +146,11 @@ class SwitchRouter(Router):
         prob_T1 = prob_TE.gather(1, expert_T1)
         weight_T1 = prob_T1.where(kept_T1 >= 0, 0)
         sums = routing_sums(logits_TE, prob_TE, expert_T1, sequences.mask_T)  # dropped ones too
-        return Routing(kept_T1, weight_T1, *sums, skip_T=(prob_T1 - weight_T1)[:, 0])
+        skip_T = (prob_T1 - weight_T1)[:, 0]
+        dropped_T = kept_T1[:, 0] < 0
+        if sequences.mask_T is not None:
+            dropped_T = dropped_T & sequences.mask_T
+        return Routing(kept_T1, weight_T1, *sums, skip_T, dropped_T.sum())
 
 
 class PluggedRouter(Router):

@@ -39,6 +39,7 @@ class Routing(NamedTuple):
     z: Tensor
     num_tokens: Tensor
     skip_T: Tensor | None = None  # None: 0 for every token
+    num_dropped: Tensor | None = None  # tokens for which their expert had no room; None: 0
 
 
 def topk_router(
