@@ -25,7 +25,7 @@ from mixlora import mlora_config
 from mixlora.adapter_files import read_tensors
 from mixlora.adapters import freeze_but, trained_parameters
 from mixlora.batches import alike, joined
-from mixlora.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from mixlora.checkpoint import Checkpoints
 from mixlora.data import Batch, Dataset, Order, collate, load_dataset
 from mixlora.errors import ArgumentParser, InputError, command
 from mixlora.evaluation import evaluate, load_questions
@@ -135,7 +135,7 @@ class AdapterTraining:
         self.generator.set_state(torch.get_rng_state())
         mixlora.print_trainable_parameters(model, run.name)
         self.model, self.run, self.folder = model, run, folder
-        self.name, self.save = run.name, config.run
+        self.name, self.save_every_steps = run.name, config.run.save_every_steps
         self.device = next(model.parameters()).device
         self.dataset = dataset
         self.order = Order(dataset, run.data, run.train.batch_size, config.run.seed)
@@ -147,10 +147,12 @@ class AdapterTraining:
         self.parameters = trained_parameters(model, run.name)
         self.optimizer = make_optimizer(self.parameters, run.optim, run.adapter.loraplus_lr_ratio)
         self.num_steps = run.train.steps or run.train.epochs * self.order.steps_per_epoch
-        folder.mkdir(parents=True, exist_ok=True)
-        saved = checkpoints(folder / "checkpoints") if resume else []
-        of_run = model, run.name, self.optimizer, self.generator
-        self.step = load_checkpoint(saved[-1], *of_run) if saved else 0  # so many are done
+        of_run = model, run.name, self.optimizer, self.generator, config.run
+        self.checkpoints = Checkpoints(folder / "checkpoints", *of_run)
+        saved = self.checkpoints.resume() if resume else None
+        self.step = saved["step"] if saved else 0  # so many are done
+        self.since_saved: list[float] = []  # the losses of the steps since the last checkpoint
+        self.checkpoints.rehearse()
         if resume:
             print(f"{run.name}: goes on after step {self.step} of {self.num_steps}")
         self.log = MetricsLog(folder / "metrics.jsonl", self.step)
@@ -221,12 +223,17 @@ class AdapterTraining:
             **routing_metrics(self.forwards),
         )
         self.progress.advance(loss=f"{loss:.4f}", tokens_per_s=f"{speed:.0f}")
-        if self.step % self.save.save_every_steps == 0 or self.step == self.num_steps:
-            save_checkpoint(
-                *(self.folder / "checkpoints", self.step, self.model, self.name),
-                *(self.optimizer, self.generator, self.save.keep_last),
-            )
+        self.since_saved.append(loss)
+        if self.step % self.save_every_steps == 0 or self.step == self.num_steps:
+            self.save(lr)
         self.begin_step()
+
+    def save(self, lr: float) -> None:
+        epoch, position = divmod(self.step, self.order.steps_per_epoch)
+        mean = sum(self.since_saved) / max(1, len(self.since_saved))
+        of_run = {"lr": lr, "loss": mean, "config": dataclasses.asdict(self.run)}
+        self.checkpoints.save(self.step, {"epoch": epoch, "position": position, **of_run})
+        self.since_saved = []
 
     def end(self) -> None:
         self.progress.close()

@@ -114,7 +114,11 @@ def write_pickled_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> No
 
 
 def write_json(path: str | Path, value: object) -> None:
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, to_json(value))
+
+
+def to_json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -122,14 +126,27 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            rest = memoryview(content)
+            while rest:  # a write may take less than it is given
+                rest = rest[os.write(descriptor, rest) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
+
+
+def make_folder(path: str | Path) -> None:
+    """A folder and its parents, which are there after a crash, too."""
+    path = Path(path)
+    absent = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in absent:
+        fsync_folder(folder.parent)
 
 
 def fsync_folder(folder: Path) -> None:
