@@ -1,5 +1,6 @@
 """What a run tells while it works: a line of JSON per step, and progress a person can read."""
 
+import itertools
 import json
 import sys
 import time
@@ -21,9 +22,9 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
-        lines = path.read_text().splitlines(keepends=True) if path.exists() and first_step else []
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= first_step]
+        text = path.read_text(errors="replace") if path.exists() and first_step else ""
+        lines = text.splitlines(keepends=True)
+        kept = itertools.takewhile(lambda line: _is_of_step(line, first_step), lines)
         write_bytes(path, "".join(kept).encode())
         self._file = open(path, "a", encoding="utf-8")
 
@@ -33,6 +34,14 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _is_of_step(line: str, last: int) -> bool:
+    """Whether it is the whole line of a step up to `last`, and nothing that a crash left."""
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] <= last
+    except (ValueError, TypeError, KeyError):
+        return False
 
 
 def tell(text: str) -> None:

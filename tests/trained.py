@@ -23,7 +23,16 @@ class Trained:
         config = RunConfig(**{"dir": str(folder), **run})
         of_run = self.model, name, self.optimizer, self.generator, config
         self.checkpoints = Checkpoints(folder / "checkpoints", *of_run)
-        self.folder = folder / "checkpoints"
+
+    @property
+    def folder(self) -> Path:
+        return self.checkpoints.folder
+
+    def moved(self, folder: Path) -> "Trained":
+        """As a new process in that folder, but sooner."""
+        self.checkpoints.folder = folder / "checkpoints"
+        self.checkpoints.refused.clear()
+        return self
 
     @torch.no_grad()
     def at(self, step: int) -> "Trained":
