@@ -57,6 +57,12 @@ def test_what_is_saved_is_restored(trained: Trained) -> None:
     assert state == {"version": "0.1.0", "adapter": "default", "seed": 0, "step": 7, "loss": 1.0}
 
 
+def test_a_checkpoint_of_format_1_stays_readable(trained: Trained) -> None:
+    """That in the repository was written when the format was new."""
+    shutil.copytree(ROOT / "tests/golden/checkpoints", trained.folder)
+    assert trained.resume() == 5
+
+
 def test_parameters_without_moments_have_none_afterwards(trained: Trained, tmp_path: Path) -> None:
     trained.at(4).optimizer.state.clear()
     trained.checkpoints.save(4, {})
