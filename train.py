@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ from mixlora import mlora_config, processes
 from mixlora.adapter_files import read_tensors
 from mixlora.adapters import freeze_but, trained_parameters
 from mixlora.batches import alike, joined
-from mixlora.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from mixlora.checkpoint import Checkpoints
 from mixlora.data import Batch, Dataset, Order, collate, load_dataset
 from mixlora.errors import ArgumentParser, InputError, command
 from mixlora.evaluation import evaluate, load_questions
@@ -197,11 +198,14 @@ class AdapterTraining:
         processes.copy_from_first(self.parameters.values())
         self.optimizer = make_optimizer(self.parameters, run.optim, run.adapter.loraplus_lr_ratio)
         self.num_steps = run.train.steps or run.train.epochs * self.order.steps_per_epoch
-        folder.mkdir(parents=True, exist_ok=True)
-        saved = checkpoints(folder / "checkpoints") if resume else []
-        of_run = model, run.name, self.optimizer, self.generator
-        self.step = load_checkpoint(saved[-1], *of_run) if saved else 0  # so many are done
-        self.saved_step = self.step
+        of_run = model, run.name, self.optimizer, self.generator, config.run
+        self.checkpoints = Checkpoints(folder / "checkpoints", *of_run)
+        saved = self.checkpoints.resume() if resume else None
+        self.step = self.saved_step = saved["step"] if saved else 0  # so many are done
+        self.since_saved: list[float] = []  # the losses of the steps since the last checkpoint
+        if processes.is_first():
+            self.checkpoints.rehearse()
+        processes.wait()
         if resume:
             print(f"{run.name}: goes on after step {self.step} of {self.num_steps}")
         self.log = MetricsLog(folder / "metrics.jsonl", self.step, config.run.tensorboard)
@@ -290,6 +294,7 @@ class AdapterTraining:
         )
         self.progress.advance(loss=f"{loss:.4f}", tokens_per_s=f"{speed:.0f}")
         self.status.tell(self.name, self.step, self.num_steps, loss, speed)
+        self.since_saved.append(loss)
         self.end_step()
 
     def drop_step(self, loss: float, router_loss: float, norm: float) -> None:
@@ -328,12 +333,17 @@ class AdapterTraining:
         self.begin_step()
 
     def save_state(self) -> None:
+        epoch, position = divmod(self.step, self.order.steps_per_epoch)
+        state = {
+            "epoch": epoch,
+            "position": position,
+            "lr": lr_at(self.step - 1, self.num_steps, self.run.optim),
+            "loss": statistics.fmean(self.since_saved) if self.since_saved else None,
+            "config": dataclasses.asdict(self.run),
+        }
         if processes.is_first():
-            save_checkpoint(
-                *(self.folder / "checkpoints", self.step, self.model, self.name),
-                *(self.optimizer, self.generator, self.save.keep_last),
-            )
-        self.saved_step = self.step
+            self.checkpoints.save(self.step, state)
+        self.saved_step, self.since_saved = self.step, []
 
     def pause(self) -> None:
         """The run stops between two steps, and may go on."""

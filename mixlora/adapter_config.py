@@ -38,6 +38,8 @@ DESCRIPTIVE_KEYS = set(
 LEGACY_STRATEGIES = {"mixtral": "mixlora", "switch": "mixlora-switch"}
 LEGACY_TARGETS = {"w1_proj": "gate_proj", "w2_proj": "down_proj", "w3_proj": "up_proj"}
 
+MOST_REPEATS = 8  # in a regular expression of a file: each may multiply the time that it takes
+
 DROPOUT_FOR_ZERO = 1e-9  # written for no dropout: pip `mixlora` refuses 0
 
 
@@ -190,7 +192,8 @@ class AdapterConfig:
         return {
             "target_modules": (
                 bool(targets) and (isinstance(targets, list) or _is_regex(targets)),
-                "a list of at least one projection, a regular expression or all-linear",
+                f"a list of at least one projection, all-linear or a regular expression of at most "
+                f"{MOST_REPEATS} repetitions, none within another",
             ),
             "loraplus_lr_ratio": (self.loraplus_lr_ratio > 0, "> 0"),
             "num_experts": (between("num_experts", lambda x: x > 0), "> 0"),
@@ -318,11 +321,23 @@ def _check(settings: object, checks: dict[str, tuple[bool, str]]) -> None:
 
 
 def _is_regex(pattern: str) -> bool:
+    """Whether it is one, and one that cannot take for ever: no repetition of a repetition."""
     try:
         re.compile(pattern)
-        return True
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return False
+    bare = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]])*\]", "x", pattern)  # neither escapes nor sets
+    groups, repeats = [False], 0  # whether each open group holds a repetition
+    for i, letter in enumerate(bare):
+        if letter == "(":
+            groups.append(False)
+        holds = groups.pop() if letter == ")" else False
+        if bare[i + 1 : i + 2] in ("*", "+", "{"):
+            if holds:
+                return False
+            holds, repeats = True, repeats + 1
+        groups[-1] |= holds
+    return repeats <= MOST_REPEATS
 
 
 def _integer(alpha: Any) -> Any:

@@ -16,11 +16,15 @@ without ever unpickling anything but tensors).
 MoE-PEFT's ancestor (mLoRA up to 0.4) had other names, which are read too.
 """
 
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mixlora.adapter_config import LEGACY_TARGETS, AdapterConfig
 from mixlora.adapters import add_adapter, config_of, remove_adapter
@@ -28,6 +32,7 @@ from mixlora.errors import InputError
 from mixlora.files import (
     PickledTensorFile,
     TensorFile,
+    check_floats,
     check_shapes,
     read_json,
     write_json,
@@ -79,22 +84,69 @@ def load_adapter(model: AdaptedModel, directory: str | Path, name: str = "defaul
     if not directory.is_dir():
         raise InputError(f"adapter {directory}: no such folder")
     config = AdapterConfig.from_dict(read_json(directory / CONFIG_FILE), directory / CONFIG_FILE)
-    before = model.active_adapter
-    add_adapter(model, config, name)
+    file = _tensor_file(directory)
+    _check_sizes(config, file)
+    before, meta = model.active_adapter, torch.device("meta")
     try:
+        with meta, _Undrawn():  # no memory, until the file is known to hold what the config says
+            add_adapter(model, config, name, meta)
+        _checked(model, file, name)
+        remove_adapter(model, name)
+        add_adapter(model, config, name)
         read_tensors(model, directory, name)
     except BaseException:
-        remove_adapter(model, name)
+        if model.adapter_configs.get(name) is config:
+            remove_adapter(model, name)
         model.active_adapter = before
         raise
 
 
+class _Undrawn(TorchFunctionMode):
+    """Without values there is nothing to draw, and for meta tensors torch would import its compiler
+    to draw it, which takes seconds."""
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if function is nn.init.normal_:
+            return kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 def read_tensors(model: AdaptedModel, directory: str | Path, name: str = "default") -> None:
     """Copy a directory's adapter_model.safetensors, else its .bin, into an adapter of the model."""
-    path, pickled = Path(directory) / TENSOR_FILE, Path(directory) / PICKLED_FILE
+    file = _tensor_file(Path(directory))
+    originals = _checked(model, file, name)
+    with torch.no_grad():
+        for key, tensor in adapter_tensors(model, name).items():
+            tensor.copy_(file[originals[key]])
+
+
+def _tensor_file(directory: Path) -> TensorFile | PickledTensorFile:
+    path, pickled = directory / TENSOR_FILE, directory / PICKLED_FILE
     is_pickled = pickled.is_file() and not path.is_file()
-    file = PickledTensorFile(pickled) if is_pickled else TensorFile(path)
-    tensors = adapter_tensors(model, name)
+    return PickledTensorFile(pickled) if is_pickled else TensorFile(path)
+
+
+def _check_sizes(config: AdapterConfig, file: TensorFile | PickledTensorFile) -> None:
+    """Those that no tensor of the file can have; the exact ones are compared later, by name."""
+    largest = max(map(math.prod, file.shapes.values()), default=0)
+    ranks = config.lora_arguments()["r"], config.lora_arguments(of_experts=True)["r"]
+    for key, size, most in (
+        ("r", max(ranks), largest),
+        ("num_experts", config.num_experts or 0, len(file.shapes)),
+    ):
+        if size > most:
+            raise InputError(
+                f"{file.path}: {key} {size} of {CONFIG_FILE} is more than its {len(file.shapes)} "
+                f"tensors, of at most {largest} numbers, can hold"
+            )
+
+
+def _checked(
+    model: AdaptedModel, file: TensorFile | PickledTensorFile, name: str
+) -> dict[str, str]:
+    """The file's own name of each of the adapter's tensors, which are all there and fit."""
     config = config_of(model, name)
     written = {_canonical(key): key for key in file.shapes}
     if len(written) < len(file.shapes):
@@ -104,10 +156,9 @@ def read_tensors(model: AdaptedModel, directory: str | Path, name: str = "defaul
     def likely_cause(missing: list[str], unexpected: list[str], misshaped: list[str]) -> str:
         return _likely_cause(missing, unexpected, misshaped, config, model)
 
-    check_shapes(found, _shapes(tensors), file.path, likely_cause)
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            tensor.copy_(file[written[key]])
+    check_shapes(found, _shapes(adapter_tensors(model, name)), file.path, likely_cause)
+    check_floats(file, file.shapes)
+    return written
 
 
 def adapter_tensors(model: AdaptedModel, name: str = "default") -> dict[str, Tensor]:

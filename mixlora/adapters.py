@@ -47,13 +47,18 @@ def check_adapter(model: AdaptedModel, config: AdapterConfig, name: str = "defau
             )
 
 
-def add_adapter(model: AdaptedModel, config: AdapterConfig, name: str = "default") -> None:
-    """Put a fresh adapter around the model and make it the active one.
+def add_adapter(
+    model: AdaptedModel,
+    config: AdapterConfig,
+    name: str = "default",
+    device: torch.device | None = None,
+) -> None:
+    """Put a fresh adapter around the model and make it the active one, on the model's device.
 
     A is drawn from torch's generator, B is zero: the model computes what it did before.
     """
     check_adapter(model, config, name)
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     targets = {path: x for path, x in _sites(model).items() if _is_target(path, config)}
     ffns = {path: x for path, x in model.named_modules() if isinstance(x, FeedForward)}
     of_ffn = {f"{path}.{projection}" for path in ffns for projection in PROJECTIONS}

@@ -1,100 +1,269 @@
-"""What a training run needs to go on exactly where it stopped, in a format without pickle.
+"""What an adapter's training needs to go on exactly where it stopped (docs/checkpoints.md).
 
-    <run>/checkpoints/step-000123/adapter_config.json  adapter_model.safetensors   the adapter
-                                  optimizer.safetensors    AdamW's state, its random generator's
-                                  state.json               the number of steps done
+    checkpoints/step-000123/adapter_config.json  adapter_model.safetensors   the adapter
+                            optimizer.safetensors    AdamW's state, the random generator's
+                            state.json               step, epoch, ..., the settings
+                            MANIFEST.json            bytes and sha256 of these (whole_folder.py)
 
-A checkpoint is written into a temporary folder that is then renamed: it is there whole or not.
+No file is a pickle. All randomness of a training, on a GPU too, is drawn from the adapter's own
+generator on the CPU: its state is the only one there is.
 """
 
+import math
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from mixlora.adapter_files import read_tensors, save_adapter
-from mixlora.adapters import trained_parameters
+import mixlora
+from mixlora.adapter_files import CONFIG_FILE, TENSOR_FILE, read_tensors, save_adapter
+from mixlora.adapters import adapter_parameters, trained_parameters
 from mixlora.errors import InputError
 from mixlora.files import (
     TensorFile,
     check_shapes,
-    fsync_folder,
+    make_folder,
     read_json,
     write_json,
     write_tensors,
 )
 from mixlora.layers.adapted_model import AdaptedModel
+from mixlora.metrics import tell
+from mixlora.train_config import RunConfig
+from mixlora.whole_folder import discard, publish, sweep, verify
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
+FILES = (CONFIG_FILE, TENSOR_FILE, OPTIMIZER_FILE, STATE_FILE)
 GENERATOR = "random_generator"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+BESIDE_TENSORS = 1 << 16  # bytes of a checkpoint: headers, settings, manifest, folder
+
+
+class Checkpoints:
+    """Those of one adapter's training, in a folder of their own.
+
+    Of another adapter, another seed, or damaged: such a checkpoint is told about, passed over and
+    never deleted.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: AdaptedModel,
+        name: str,
+        optimizer: torch.optim.Optimizer,
+        generator: torch.Generator,
+        config: RunConfig,
+    ) -> None:
+        self.folder, self.config = folder, config
+        self.model, self.name = model, name
+        self.optimizer, self.generator = optimizer, generator
+        self.refused: set[Path] = set()
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """`step` optimizer steps are done; `state` is kept with it. Then all are deleted but the
+        `keep_last` newest and the `keep_best` of the lowest `state["loss"]`."""
+        path = self.folder / f"step-{step:06d}"
+        try:
+            sweep(self.folder)
+            if path.exists():
+                if self._is_ours(path):
+                    return
+                self._set_aside(path)
+            state = {
+                "version": mixlora.__version__,
+                "adapter": self.name,
+                "seed": self.config.seed,
+                "step": step,
+                **state,
+            }
+            publish(path, lambda folder: self._write(folder, self._tensors(), state))
+            for name in (TENSOR_FILE, OPTIMIZER_FILE):
+                TensorFile(path / name)
+        except OSError as error:
+            raise InputError(self._cannot(path, error)) from None
+        try:
+            self._prune()
+        except OSError as error:
+            tell(f"warning: {self.folder}: an old checkpoint cannot be deleted: {error}")
+
+    def resume(self) -> dict[str, Any] | None:
+        """Restore the newest intact checkpoint; gives back its `state`, or None if there is none.
+
+        All are verified, so that damage is told of before the last intact one is gone.
+        """
+        found, state = checkpoints(self.folder), None
+        reasons: list[str] = []
+        for path in reversed(found):
+            try:
+                of_path = self._verified(path)
+                if state is None:
+                    self._restore(path)
+                    state = of_path
+            except (InputError, OSError) as error:
+                self.refused.add(path)
+                reasons.append(str(error))
+                tell(f"warning: a checkpoint is passed over: {error}")
+        if found and state is None:
+            raise InputError(
+                f"{self.folder}: none of its {len(found)} checkpoints is intact and of this "
+                f"training; of the newest: {reasons[0]}"
+            )
+        return state
+
+    def rehearse(self) -> None:
+        """Before the first step: an error unless there is room for all checkpoints that are to
+        come, and one can be written and read back. Nothing is left."""
+        tensors = {key: torch.zeros(()).expand(shape) for key, shape in self._moments().items()}
+        tensors |= self._tensors()
+        path = self.folder / ".rehearsal.0.tmp"  # a name that is swept
+        try:
+            make_folder(self.folder)
+            sweep(self.folder)
+            self._require_room()
+            publish(path, lambda folder: self._write(folder, tensors, {}))
+            try:
+                verify(path, FILES)
+                self._compare(path, tensors)
+            finally:
+                discard(path)
+        except OSError as error:
+            raise InputError(self._cannot(path, error)) from None
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Of the optimizer's file. A parameter that never had a gradient has no moments yet."""
+        tensors = {
+            f"{key}.{moment}": self.optimizer.state[parameter][moment]
+            for key, parameter in trained_parameters(self.model, self.name).items()
+            if parameter in self.optimizer.state
+            for moment in MOMENTS
+        }
+        return {**tensors, GENERATOR: self.generator.get_state()}
+
+    def _moments(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of AdamW's state once all parameters have had a gradient."""
+        parameters = trained_parameters(self.model, self.name)
+        return {
+            f"{key}.{moment}": () if moment == "step" else tuple(parameter.shape)
+            for key, parameter in parameters.items()
+            for moment in MOMENTS
+        }
+
+    def _write(self, folder: Path, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        save_adapter(self.model, folder, self.name, pickled=False)
+        write_tensors(folder / OPTIMIZER_FILE, tensors)
+        write_json(folder / STATE_FILE, state)
+
+    def _verified(self, path: Path, contents: bool = True) -> dict[str, Any]:
+        """The state of an intact checkpoint of this training; anything else is an error."""
+        verify(path, FILES, contents)
+        state = read_json(path / STATE_FILE)
+        wanted = {"adapter": self.name, "seed": self.config.seed, "step": _step(path)}
+        for key, value in wanted.items():
+            if type(state.get(key)) is not type(value) or state[key] != value:
+                raise InputError(
+                    f"{path / STATE_FILE}: of another training: {key} must be {value!r}, got "
+                    f"{state.get(key)!r}"
+                )
+        return state
+
+    def _is_ours(self, path: Path, contents: bool = True) -> bool:
+        try:
+            self._verified(path, contents)
+        except InputError:
+            return False
+        return path not in self.refused
+
+    def _restore(self, path: Path) -> None:
+        """All that can be wrong is found before anything is changed."""
+        file = TensorFile(path / OPTIMIZER_FILE)
+        parameters = {
+            key: parameter
+            for key, parameter in trained_parameters(self.model, self.name).items()
+            if f"{key}.step" in file.shapes
+        }
+        moments = self._moments()
+        wanted = {x: moments[x] for key in parameters for x in (f"{key}.{m}" for m in MOMENTS)}
+        wanted[GENERATOR] = tuple(self.generator.get_state().shape)
+        check_shapes(file.shapes, wanted, file.path)
+        try:
+            torch.Generator().set_state(file[GENERATOR])
+        except (RuntimeError, TypeError) as error:
+            raise InputError(f"{file.path}: {GENERATOR}: {error}") from None
+        read_tensors(self.model, path, self.name)
+        for key, parameter in parameters.items():
+            device = {"step": "cpu"}  # AdamW counts on the CPU
+            self.optimizer.state[parameter] = {
+                moment: file[f"{key}.{moment}"].to(device.get(moment, parameter.device))
+                for moment in MOMENTS
+            }
+        self.generator.set_state(file[GENERATOR])
+
+    def _compare(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        file = TensorFile(path / OPTIMIZER_FILE)
+        for key, tensor in tensors.items():
+            if not torch.equal(file[key], tensor.cpu()):
+                raise InputError(f"{path}: {key} is read back otherwise than it was written")
+
+    def _prune(self) -> None:
+        ours = [path for path in checkpoints(self.folder) if self._is_ours(path, contents=False)]
+        kept = set(ours[-self.config.keep_last :])
+        if self.config.keep_best:
+            losses = {path: read_json(path / STATE_FILE).get("loss") for path in ours}
+            scored = [path for path in ours if _is_finite(losses[path])]
+            kept |= set(sorted(scored, key=losses.__getitem__)[: self.config.keep_best])
+        for path in ours:
+            if path not in kept:
+                discard(path)
+
+    def _set_aside(self, path: Path) -> None:
+        """The name is needed; what had it is damaged or of another training."""
+        others = (path.with_name(f"{path.name}.aside-{i}") for i in range(1, 1 << 20))
+        path.rename(aside := next(other for other in others if not other.exists()))
+        self.refused.discard(path)
+        tell(f"warning: {path} is not intact or of another training, and is now {aside.name}")
+
+    def _size(self) -> int:
+        """Bytes of a checkpoint: the adapter, and two moments of all that is trained."""
+        adapter = adapter_parameters(self.model, self.name).values()
+        trained = trained_parameters(self.model, self.name).values()
+        tensors = [*adapter, *trained, *trained]
+        return BESIDE_TENSORS + sum(x.numel() * x.element_size() for x in tensors)
+
+    def _require_room(self) -> None:
+        there = [path for path in checkpoints(self.folder) if path not in self.refused]
+        count = max(1, self.config.keep_last + self.config.keep_best + 1 - len(there))
+        needed, free = count * self._size(), shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise InputError(
+                f"{self.folder}: {count} checkpoints (run.keep_last and run.keep_best and one in "
+                f"the making) need {needed} bytes, {free} are free"
+            )
+
+    def _cannot(self, path: Path, error: OSError) -> str:
+        try:
+            free = f"{shutil.disk_usage(self.folder).free}"
+        except OSError:
+            free = "an unknown number"
+        return (
+            f"checkpoint {path} cannot be written: {error.strerror or error}; it needs about "
+            f"{self._size()} bytes, {free} are free; earlier checkpoints are as they were"
+        )
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """What bears the name of a checkpoint, oldest first."""
     found = folder.glob("step-*") if folder.is_dir() else []
-    return sorted(path for path in found if re.fullmatch(r"step-\d{6,}", path.name))
+    return sorted((path for path in found if re.fullmatch(r"step-\d{6,18}", path.name)), key=_step)
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    model: AdaptedModel,
-    name: str,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-    keep_last: int,
-) -> None:
-    """`step` optimizer steps are done. All but the `keep_last` newest checkpoints are deleted."""
-    final = folder / f"step-{step:06d}"
-    temporary = folder / f".{final.name}.tmp"
-    for leftover in (temporary, final):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_adapter(model, temporary, name, pickled=False)
-    tensors = {
-        f"{key}.{moment}": optimizer.state[parameter][moment]
-        for key, parameter in trained_parameters(model, name).items()
-        if parameter in optimizer.state  # one that never had a gradient has none: MiLoRA's may not
-        for moment in MOMENTS
-    }
-    tensors[GENERATOR] = generator.get_state()
-    write_tensors(temporary / OPTIMIZER_FILE, tensors)
-    write_json(temporary / STATE_FILE, {"step": step})
-    temporary.rename(final)
-    fsync_folder(folder)
-    for old in checkpoints(folder)[:-keep_last]:
-        shutil.rmtree(old)
+def _is_finite(loss: object) -> bool:
+    return isinstance(loss, float) and math.isfinite(loss)
 
 
-def load_checkpoint(
-    path: Path,
-    model: AdaptedModel,
-    name: str,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-) -> int:
-    """Restore adapter, optimizer and random generator; returns the number of steps done."""
-    file = TensorFile(path / OPTIMIZER_FILE)
-    parameters = {
-        key: parameter
-        for key, parameter in trained_parameters(model, name).items()
-        if f"{key}.step" in file.shapes
-    }
-    wanted = {f"{key}.step": () for key in parameters} | {GENERATOR: generator.get_state().shape}
-    for key, parameter in parameters.items():
-        wanted |= {f"{key}.{moment}": parameter.shape for moment in MOMENTS[1:]}
-    check_shapes(file.shapes, wanted, file.path)
-    read_tensors(model, path, name)
-    for key, parameter in parameters.items():
-        device = {"step": "cpu"}  # AdamW counts on the CPU
-        optimizer.state[parameter] = {
-            moment: file[f"{key}.{moment}"].to(device.get(moment, parameter.device))
-            for moment in MOMENTS
-        }
-    generator.set_state(file[GENERATOR])
-    step = read_json(path / STATE_FILE).get("step")
-    if type(step) is not int or step < 1:
-        raise InputError(f"{path / STATE_FILE}: step must be a whole number >= 1, got {step!r}")
-    return step
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))

@@ -7,7 +7,7 @@ torch's reader of tensors alone, which runs no code of the file.
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,13 @@ from torch import Tensor
 from mixlora.errors import InputError
 
 Shape = tuple[int, ...]
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MOST_NAMES = 200  # of one kind that an error lists
 
 
 class TensorFile:
-    """One safetensors file: `shapes` by tensor name, `metadata`, and `file[name]` for a tensor."""
+    """One safetensors file: `shapes` and `dtypes` by tensor name, `metadata`, `file[name]` for a
+    tensor. Of dtypes, those that are no floating-point numbers of torch are text."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -30,10 +33,10 @@ class TensorFile:
             raise InputError(f"{path}: no such file")
         try:
             self._file = safetensors.safe_open(self.path, "pt")
-            names = self._file.keys()
-            self.shapes: dict[str, Shape] = {
-                name: tuple(self._file.get_slice(name).get_shape()) for name in names
-            }
+            slices = {name: self._file.get_slice(name) for name in self._file.keys()}
+            self.shapes: dict[str, Shape] = {x: tuple(y.get_shape()) for x, y in slices.items()}
+            kinds = {name: part.get_dtype() for name, part in slices.items()}
+            self.dtypes = {name: FLOATS.get(kind, kind) for name, kind in kinds.items()}
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{path}: not a whole safetensors file: {error}") from None
         self.metadata: dict[str, str] = self._file.metadata() or {}
@@ -62,9 +65,18 @@ class PickledTensorFile:
             raise InputError(f"{path}: must hold a dictionary of tensors by name")
         self._tensors: dict[str, Tensor] = tensors
         self.shapes: dict[str, Shape] = {key: tuple(x.shape) for key, x in tensors.items()}
+        self.dtypes = {key: x.dtype for key, x in tensors.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
+
+
+def check_floats(file: TensorFile | PickledTensorFile, names: Collection[str]) -> None:
+    """Whole numbers would be cast without a word: they are another program's quantised weights."""
+    for name in names:
+        if file.dtypes[name] not in FLOATS.values():
+            got = str(file.dtypes[name]).removeprefix("torch.")
+            raise InputError(f"{file.path}: {name} must be float16, 32, 64 or bfloat16, got {got}")
 
 
 def check_shapes(
@@ -85,17 +97,22 @@ def check_shapes(
         return
     parts = []
     if missing:
-        parts.append(f"missing: {', '.join(missing)}")
+        parts.append(f"missing: {_listed(missing)}")
     if unexpected:
-        parts.append(f"unexpected: {', '.join(unexpected)}")
+        parts.append(f"unexpected: {_listed(unexpected)}")
     if misshaped:
         shapes = [
             f"{name} must be {list(wanted[name])}, got {list(found[name])}" for name in misshaped
         ]
-        parts.append(f"misshaped: {', '.join(shapes)}")
+        parts.append(f"misshaped: {_listed(shapes)}")
     cause = likely_cause(missing, unexpected, misshaped)
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(misshaped)} misshaped"
     raise InputError(f"{source}: {counts} tensors; {'; '.join(parts)}{cause and '; ' + cause}")
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def write_tensors(
@@ -114,7 +131,11 @@ def write_pickled_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> No
 
 
 def write_json(path: str | Path, value: object) -> None:
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, to_json(value))
+
+
+def to_json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -122,14 +143,27 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            rest = memoryview(content)
+            while rest:  # a write may take less than it is given
+                rest = rest[os.write(descriptor, rest) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
+
+
+def make_folder(path: str | Path) -> None:
+    """A folder and its parents, which are there after a crash, too."""
+    path = Path(path)
+    absent = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in absent:
+        fsync_folder(folder.parent)
 
 
 def fsync_folder(folder: Path) -> None:

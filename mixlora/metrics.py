@@ -1,6 +1,7 @@
 """What a run tells while it works: a line of JSON per step, and progress a person can read."""
 
 import collections
+import itertools
 import json
 import os
 import sys
@@ -29,15 +30,16 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, first_step: int = 0, tensorboard: bool = False) -> None:
-        lines = path.read_text().splitlines(keepends=True) if path.exists() and first_step else []
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= first_step]
-        self.num_skipped = sum("skipped" in json.loads(line) for line in kept)  # steps
+        text = path.read_text(errors="replace") if path.exists() and first_step else ""
+        lines = text.splitlines(keepends=True)
+        kept = [*itertools.takewhile(lambda line: _is_of_step(line, first_step), lines)]
+        steps = [json.loads(line) for line in kept]
+        self.num_skipped = sum("skipped" in step for step in steps)
         is_first = processes.is_first()
         if is_first:
             write_bytes(path, "".join(kept).encode())
         self._file = open(path if is_first else os.devnull, "a", encoding="utf-8")
-        loads = (json.loads(line).get("expert_load") for line in kept[-WINDOW:])
+        loads = (step.get("expert_load") for step in steps[-WINDOW:])
         self._loads = collections.deque(filter(None, loads), WINDOW)
         folder = path.parent / "tensorboard"
         self._board = board(folder, first_step) if tensorboard and is_first else None
@@ -91,6 +93,14 @@ def scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         for layer, of_layer in enumerate(value if isinstance(value, list) else []):
             largest = max(of_layer) if isinstance(of_layer, list) else of_layer
             yield f"{name}/{layer:02}", largest
+
+
+def _is_of_step(line: str, last: int) -> bool:
+    """Whether it is the whole line of a step up to `last`, and nothing that a crash left."""
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] <= last
+    except (ValueError, TypeError, KeyError):
+        return False
 
 
 def tell(text: str) -> None:

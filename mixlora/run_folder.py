@@ -1,16 +1,24 @@
-"""The folder of a training run: whose it is, and under which settings it goes on."""
+"""The folder of a training run: whose it is, under which settings it goes on, and who is in it."""
 
+import fcntl
 import hashlib
+import os
 import re
 import shutil
+import socket
 from array import array
 from pathlib import Path
 
 from mixlora import config as configs
 from mixlora.data import DataConfig, Dataset
 from mixlora.errors import InputError
-from mixlora.files import read_json, write_bytes, write_json
+from mixlora.files import make_folder, read_json, write_bytes, write_json
+from mixlora.metrics import tell
 from mixlora.train_config import TrainConfig
+
+SETTINGS, DATA, LOCK = "config.yaml", "data.json", ".lock"
+# what a crash leaves of no run: the settings come last
+NOTHING = re.compile(r"\.lock|data\.json|\.(config\.yaml|data\.json)\.\d+\.tmp")
 
 # Whether a run goes on when a setting has changed; the longest beginning of its key holds.
 MAY_CHANGE = {
@@ -28,22 +36,50 @@ MAY_CHANGE = {
     "train.max_skips": "freely",
 }
 
+_locked: dict[Path, int] = {}  # descriptors, which are to live as long as the process
+
 
 def open_run_folder(
     config: TrainConfig, data: dict[str, dict[str, str]], resume: bool, allow_changes: bool
 ) -> Path:
     """run.dir with the settings written into it, and the `digests` of each adapter's data; another
-    run in it is never touched unasked."""
+    run in it is never touched unasked. Until the process ends, no other one may open the folder."""
     folder = Path(config.run.dir)
-    settings, data_file = folder / "config.yaml", folder / "data.json"
+    _check(folder, config, data, resume, allow_changes)
+    make_folder(folder)
+    _lock(folder)
+    # again, for what another one did in the meantime
+    for key, change in _check(folder, config, data, resume, allow_changes).items():
+        print(f"--resume: {key} {change}")
+    if not resume:
+        others = (path for path in folder.iterdir() if path.name not in (SETTINGS, LOCK))
+        for path in others:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        (folder / SETTINGS).unlink(missing_ok=True)  # last: until then it is a run
+    write_json(folder / DATA, data)
+    write_bytes(folder / SETTINGS, configs.to_yaml(config).encode())
+    return folder
+
+
+def _check(
+    folder: Path,
+    config: TrainConfig,
+    data: dict[str, dict[str, str]],
+    resume: bool,
+    allow_changes: bool,
+) -> dict[str, str]:
+    """What has changed since the run began; what must not have is an error."""
+    settings = folder / SETTINGS
     if folder.exists() and not folder.is_dir():
         raise InputError(f"run.dir {folder} is a file")
     if resume and not settings.is_file():
         raise InputError(f"--resume: there is no run in run.dir {folder}")
     if resume:
         changes = configs.differences(configs.load(TrainConfig, settings), config)
-        check_changes(changes | changed_data(read_json(data_file), data), settings, allow_changes)
-    if not resume and folder.is_dir() and any(folder.iterdir()):
+        changes |= changed_data(read_json(folder / DATA), data)
+        check_changes(changes, settings, allow_changes)
+        return changes
+    if folder.is_dir() and any(not NOTHING.fullmatch(x.name) for x in folder.iterdir()):
         if not settings.is_file():
             raise InputError(f"run.dir {folder} is not empty, and what it holds is no run")
         if not config.run.overwrite:
@@ -51,15 +87,10 @@ def open_run_folder(
                 f"run.dir {folder} holds a run: --resume goes on with it, run.overwrite=true "
                 "deletes it"
             )
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(data_file, data)
-    write_bytes(settings, configs.to_yaml(config).encode())
-    return folder
+    return {}
 
 
 def check_changes(changes: dict[str, str], settings: Path, allow_changes: bool) -> None:
-    """All that has changed since the run began is told; what must not have is an error."""
     refused, needs_leave = [], []
     for key, change in changes.items():
         may = may_change(key)
@@ -71,8 +102,6 @@ def check_changes(changes: dict[str, str], settings: Path, allow_changes: bool) 
         leave = ["--allow-changes goes on all the same"] if not refused else []
         told = "; ".join(refused + needs_leave + leave)
         raise InputError(f"--resume: {settings} was begun otherwise: {told}")
-    for key, change in changes.items():
-        print(f"--resume: {key} {change}")
 
 
 def may_change(key: str) -> str:
@@ -103,3 +132,22 @@ def changed_data(before: dict, after: dict) -> dict[str, str]:
         for name, old in by_name.items()
         if after.get(adapter, {}).get(name, old) != old
     }
+
+
+def _lock(folder: Path) -> None:
+    """The kernel lets go of it when the process ends, however it does."""
+    key = folder.resolve()
+    if key in _locked:  # an earlier run of this process
+        os.close(_locked.pop(key))
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 300, 0).decode(errors="replace") or "another process"
+        os.close(descriptor)
+        raise InputError(f"run.dir {folder} is in use by {holder}") from None
+    except OSError as error:  # some file systems have no locks
+        tell(f"warning: run.dir {folder} cannot be locked against other runs: {error}")
+    os.truncate(descriptor, 0)
+    os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    _locked[key] = descriptor

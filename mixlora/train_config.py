@@ -67,6 +67,7 @@ class RunConfig:
     overwrite: bool = False  # delete an earlier run in dir
     save_every_steps: int = 500  # the last step is always saved
     keep_last: int = 2  # checkpoints
+    keep_best: int = 0  # besides, those of the lowest training loss since the one before
     plot: bool = True  # summary.png and routing.png, by matplotlib
     tensorboard: bool = False  # <adapter>/tensorboard: the numbers of metrics.jsonl
 
@@ -76,6 +77,8 @@ class RunConfig:
         for key in ("together", "save_every_steps", "keep_last"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise InputError(f"{key} must be >= 1, got {getattr(self, key)}")
+        if self.keep_best < 0:
+            raise InputError(f"keep_best must be >= 0, got {self.keep_best}")
 
 
 @dataclass

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from mixlora.errors import InputError, did_you_mean
-from mixlora.files import TensorFile, check_shapes, read_json, write_json, write_tensors
+from mixlora.files import (
+    TensorFile,
+    check_floats,
+    check_shapes,
+    read_json,
+    write_json,
+    write_tensors,
+)
 from mixlora.layers.adapted_model import AdaptedModel
 from models.gemma import Gemma, Gemma2, Gemma2Config, GemmaConfig
 from models.llama import Llama, LlamaConfig
@@ -37,6 +44,7 @@ DESCRIPTIVE = set(
 )
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "generation_c")
+LARGEST_SIZE = 1 << 31  # of config.json: no dimension or length is near it
 HEADER_OF_OLD_CHECKPOINTS = "rotary_emb.inv_freq"  # a buffer that older checkpoints carry along
 
 
@@ -55,18 +63,29 @@ def load(
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
         raise InputError(f"device {device}: {str(error).splitlines()[0]}") from None
     family, config = _read_config(read_json(path / "config.json"), path / "config.json")
-    with torch.device("meta"):
-        model = family(config)
+    source, files = _weight_files(path)
+    found = {name: shape for file in files for name, shape in file.shapes.items()}
+    if config.num_hidden_layers > len(found):
+        raise InputError(
+            f"{path / 'config.json'}: num_hidden_layers is {config.num_hidden_layers}, but the "
+            f"checkpoint holds {len(found)} tensors"
+        )
+    try:
+        with torch.device("meta"):
+            model = family(config)
+    except (RuntimeError, OverflowError) as error:  # a product of sizes that no memory holds
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path / 'config.json'}: no model has these sizes: {reason}") from None
     wanted = {name: tuple(x.shape) for name, x in model.state_dict().items()}
     if config.tie_word_embeddings:
         del wanted["lm_head.weight"]
-    source, files = _weight_files(path)
-    found = {name: shape for file in files for name, shape in file.shapes.items()}
     ignored = {name for name in found if name.endswith(HEADER_OF_OLD_CHECKPOINTS)}
     if config.tie_word_embeddings:
         ignored.add("lm_head.weight")  # some tied checkpoints store the shared matrix twice
     found = {name: shape for name, shape in found.items() if name not in ignored}
     check_shapes(found, wanted, source, _likely_cause)
+    for file in files:
+        check_floats(file, file.shapes.keys() & wanted.keys())
     state: dict[str, Tensor] = {
         name: file[name].to(device=device, dtype=dtype)
         for file in files
@@ -195,6 +214,8 @@ def _build(kind: type, values: dict, where: str) -> typing.Any:
             raise InputError(f"{where}: {key} must be {names}, got {value!r}")
         if type(value) is int and int in allowed and value < 1:
             raise InputError(f"{where}: {key} must be positive, got {value}")
+        if type(value) is int and value >= LARGEST_SIZE:
+            raise InputError(f"{where}: {key} must be less than {LARGEST_SIZE}")
     missing = [
         field.name
         for field in fields

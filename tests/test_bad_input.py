@@ -157,6 +157,9 @@ CONFIGS: dict[str, Case] = {
     "text for a section": config(
         "optim:\n  lr: 1e-3", "optim: 1e-3", "config.yaml:11: optim must be a mapping, got '1e-3'"
     ),
+    "negative number of checkpoints": config(
+        "plot:", "keep_best: -1\n  plot:", "config.yaml:19: run.keep_best must be >= 0, got -1"
+    ),
     "infinite number": config("lr: 1e-3", "lr: .inf", "config.yaml:12: optim.lr", "finite", "inf"),
     "number of 80 bits": config("steps: 1", f"steps: {1 << 80}", "config.yaml:14: train.steps"),
     "wrong choice": config(

@@ -109,15 +109,6 @@ def test_a_run_goes_on_after_a_stop_between_checkpoints(settings: dict, tmp_path
     assert metrics(run(settings, tmp_path, "--resume")) == expected
 
 
-@pytest.mark.parametrize("state", ["{}", '{"step": "6"}', '{"step": true}'])
-def test_a_checkpoint_without_its_step(state: str, settings: dict, tmp_path: Path, capsys) -> None:
-    folder = run(settings, tmp_path)
-    path = folder / "default" / "checkpoints" / "step-000006" / "state.json"
-    path.write_text(state)
-    assert train.main(["--config", str(folder / "config.yaml"), "--resume"]) == 2
-    assert f"{path}: step must be a whole number >= 1, got" in capsys.readouterr().err
-
-
 def test_bfloat16_trains(settings: dict, tmp_path: Path) -> None:
     settings["model"]["dtype"] = "bfloat16"
     settings["train"]["steps"] = 30

@@ -140,7 +140,7 @@ def test_a_run_that_fails_says_so(
     def fails(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(train, "save_checkpoint", fails)
+    monkeypatch.setattr(train.Checkpoints, "save", fails)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
     assert train.main(["--config", str(tmp_path / "c.yaml")]) == 2
     out = look(capsys, Path(settings["run"]["dir"]))

@@ -81,7 +81,7 @@ class LoraPair(nn.Module):
         self.lora_magnitude_vector = None
         if use_dora:
             norm_O = root(row_square(base.weight, self.lora_A.dtype))
-            self.lora_magnitude_vector = nn.Parameter(norm_O.expand(*E, O).clone())
+            self.lora_magnitude_vector = nn.Parameter(torch.empty(*E, O).copy_(norm_O))
 
     def dora_scale(self, base: Linear) -> Tensor | None:
         """m / ||W + s B A|| [O] or [E, O], the gradient going to m alone; None without DoRA."""
