@@ -116,7 +116,10 @@ def device(name: str) -> torch.device:
             raise InputError(f"{index + 1} processes or more on a machine with {count} GPUs")
         name = f"cuda:{index}"
         torch.cuda.set_device(name)
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device {name}: {str(error).splitlines()[0]}") from None
 
 
 def wait() -> None:
