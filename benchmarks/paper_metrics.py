@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 import mixlora
-import models
 import train
 from benchmarks.harness import print_header
 from mixlora import config as configs
@@ -31,6 +30,7 @@ from mixlora.adapters import adapter_parameters
 from mixlora.errors import ArgumentParser, InputError, command
 from mixlora.layers.adapted_model import AdaptedModel
 from mixlora.metrics import Progress
+from mixlora.train_config import AdapterRun, TrainConfig
 
 PHASES = ("forward", "backward", "inference")
 
@@ -41,7 +41,7 @@ class Side:
 
     label: str
     adapters: list[str]
-    run: train.AdapterRun
+    run: AdapterRun
     seconds: dict[str, list[float]] = field(default_factory=lambda: {p: [] for p in PHASES})
     peak: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))  # bytes
 
@@ -60,13 +60,13 @@ def main(argv: list[str]) -> int:
         raise InputError("give at least one config")
     if options.rows % 2 or min(options.rows, options.tokens, options.runs - 1) < 1:
         raise InputError("--rows must be even, --tokens >= 1, --runs >= 2")
-    loaded = [configs.load(train.TrainConfig, path, overrides) for path in paths]
+    loaded = [configs.load(TrainConfig, path, overrides) for path in paths]
     shared = loaded[0].model
     for path, config in zip(paths, loaded, strict=True):
         if config.model != shared:
             raise InputError(f"{path}: model differs from that of {paths[0]}: {config.model}")
-    device = train.device_of(shared)
-    model = models.load(shared.base, getattr(torch, shared.dtype), device)
+    model = train.load_model(shared)
+    device = next(model.parameters()).device
 
     sides = []
     for path, config in zip(paths, loaded, strict=True):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from mixlora.layers.context import ForwardContext, Sequences, Span, put_together, rows_of
-from mixlora.ops import dropout, few_rows_lora, is_few, linear
+from mixlora.ops import dropout, few_rows_lora, linear
+from mixlora.ops.linear import is_few
 from mixlora.ops.philox import seed_tensor
 
 

@@ -18,7 +18,7 @@ from mixlora.ops.grouped_shrink import (
     grouped_shrink,
     grouped_shrink_ref,
 )
-from mixlora.ops.linear import is_few, linear, linear_ref
+from mixlora.ops.linear import linear, linear_ref
 from mixlora.ops.moe_gather import moe_gather, moe_gather_ref
 from mixlora.ops.moe_scatter import moe_scatter, moe_scatter_ref
 from mixlora.ops.moe_sort import Plan, moe_sort, moe_sort_ref
@@ -41,7 +41,6 @@ __all__ = [
     "grouped_lora_ref",
     "grouped_shrink",
     "grouped_shrink_ref",
-    "is_few",
     "linear",
     "linear_ref",
     "moe_gather",
