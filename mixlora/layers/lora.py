@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from mixlora.layers.context import ForwardContext, Sequences, Span, put_together, rows_of
 from mixlora.ops import dropout, linear
@@ -140,22 +140,10 @@ def of_dropped(
         return function(x, *arguments)
     seed = seed_tensor(sequences.seed(), x.device)
 
-    def drop(x: Tensor) -> Tensor:
-        return dropout(x.flatten(0, -2), p, seed)
+    def run(x: Tensor, *arguments: Any) -> Any:
+        return function(dropout(x.flatten(0, -2), p, seed).view_as(x), *arguments)
 
-    dropped = drop(x)
-
-    def pack(kept: Tensor) -> Tensor | Callable[[], Tensor]:
-        if kept.data_ptr() != dropped.data_ptr():
-            return kept
-        size, stride, source = kept.size(), kept.stride(), x.detach()
-        return lambda: drop(source).as_strided(size, stride)
-
-    def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
-        return kept() if callable(kept) else kept
-
-    with saved_tensors_hooks(pack, unpack):
-        return function(dropped.view_as(x), *arguments)
+    return checkpoint(run, x, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def rescale(y_NO: Tensor, delta_NO: Tensor, scale_NO: Tensor, base: Linear) -> Tensor:
