@@ -23,11 +23,12 @@ import models
 from mixlora import config as configs
 from mixlora import mlora_config
 from mixlora.adapter_files import read_tensors
-from mixlora.adapters import freeze_but, trained_parameters
+from mixlora.adapters import adapter_parameters, freeze_but, trained_parameters
 from mixlora.batches import alike, joined
 from mixlora.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from mixlora.data import Batch, Dataset, Order, collate, load_dataset
 from mixlora.errors import ArgumentParser, InputError, command
+from mixlora.estimate import estimate
 from mixlora.evaluation import evaluate, load_questions
 from mixlora.files import write_json
 from mixlora.layers.adapted_model import AdaptedModel
@@ -55,10 +56,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that win")
     parser.add_argument("--resume", action="store_true", help="go on with the run in run.dir")
     parser.add_argument("--print-config", action="store_true", help="print all settings and stop")
+    parser.add_argument(
+        "--estimate", action="store_true", help="print the memory it needs and stop"
+    )
     options = parser.parse_intermixed_args(argv)
     config = configs.load(TrainConfig, options.config, options.overrides, mlora_config.translate)
     if options.print_config:
         print(configs.to_yaml(config), end="")
+        return 0
+    if options.estimate:
+        print_estimate(config)
         return 0
 
     # Everything that can be wrong is found before anything is written or trained.
@@ -272,6 +279,29 @@ def fine_tune(
             torch.stack(losses).sum().backward()
         for adapter in training.values():
             adapter.end_micro_batch()
+
+
+def print_estimate(config: TrainConfig) -> None:
+    """Of a GPU's memory, unless the settings say cpu; of so many adapters as train together those
+    that are largest."""
+    model = models.without_data(config.model.base, getattr(torch, config.model.dtype))
+    with torch.device("meta"):
+        for run in config.runs():
+            begin_adapter(model, run)
+
+    def size(run: AdapterRun) -> int:
+        return sum(p.numel() for p in adapter_parameters(model, run.name).values())
+
+    runs = sorted(config.runs(), key=size, reverse=True)
+    runs, later = runs[: config.run.together], runs[config.run.together or len(runs) :]
+    for run in later:
+        mixlora.remove_adapter(model, run.name)
+    for run in runs:
+        train = run.train
+        rows = train.micro_batch_size or train.batch_size
+        print(f"{run.name}: {rows} x {train.max_seq_len} tokens, {config.model.dtype} base")
+    device = "cuda" if config.model.device == "auto" else config.model.device
+    print(estimate(model, runs, device).table())
 
 
 def device_of(config: ModelConfig) -> str:

@@ -1,6 +1,7 @@
 """AdamW over one adapter's parameters, and the learning rate of a step."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,6 +48,11 @@ def make_optimizer(
         eps=config.eps,
         weight_decay=config.weight_decay,
     )
+
+
+def state_bytes(parameters: Iterable[nn.Parameter], config: OptimConfig) -> int:
+    """Of the optimizer's state: two moments in fp32, and a count of steps."""
+    return sum(2 * 4 * p.numel() + 4 for p in parameters)
 
 
 def lr_at(step: int, num_steps: int, config: OptimConfig) -> float:

@@ -54,9 +54,8 @@ def load(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
         raise InputError(f"device {device}: {str(error).splitlines()[0]}") from None
-    family, config = _read_config(read_json(path / "config.json"), path / "config.json")
-    with torch.device("meta"):
-        model = family(config)
+    model = without_data(path)
+    config = model.config
     wanted = {name: tuple(x.shape) for name, x in model.state_dict().items()}
     if config.tie_word_embeddings:
         del wanted["lm_head.weight"]
@@ -77,6 +76,16 @@ def load(
     model.name_or_path, model.folder = name, path
     model.tie_weights()
     return model.eval()
+
+
+def without_data(
+    path: str | Path, dtype: torch.dtype = torch.float32, quantize: str = "none"
+) -> AdaptedModel:
+    """The model of a checkpoint's config.json on the meta device: shapes alone, nothing is read."""
+    path = Path(path) / "config.json"
+    family, config = _read_config(read_json(path), path)
+    with torch.device("meta"):
+        return family(config).to(dtype).eval()
 
 
 def save(model: AdaptedModel, directory: str | Path) -> None:
