@@ -77,7 +77,8 @@ def main(argv: list[str]) -> int:
         for r in config.runs()
     }
     device = device_of(config.model)
-    model = models.load(config.model.base, getattr(torch, config.model.dtype), device)
+    dtype = getattr(torch, config.model.dtype)
+    model = models.load(config.model.base, dtype, device, config.model.quantize)
     tokenizer = Tokenizer(model.folder, model.config.vocab_size)
     datasets = [load_dataset(r.data, tokenizer, r.train.max_seq_len) for r in config.runs()]
     for run in config.runs():
@@ -284,7 +285,8 @@ def fine_tune(
 def print_estimate(config: TrainConfig) -> None:
     """Of a GPU's memory, unless the settings say cpu; of so many adapters as train together those
     that are largest."""
-    model = models.without_data(config.model.base, getattr(torch, config.model.dtype))
+    dtype, quantize = getattr(torch, config.model.dtype), config.model.quantize
+    model = models.without_data(config.model.base, dtype, quantize)
     with torch.device("meta"):
         for run in config.runs():
             begin_adapter(model, run)
@@ -296,10 +298,11 @@ def print_estimate(config: TrainConfig) -> None:
     runs, later = runs[: config.run.together], runs[config.run.together or len(runs) :]
     for run in later:
         mixlora.remove_adapter(model, run.name)
+    base = config.model.dtype if quantize == "none" else f"{quantize} ({config.model.dtype})"
     for run in runs:
         train = run.train
         rows = train.micro_batch_size or train.batch_size
-        print(f"{run.name}: {rows} x {train.max_seq_len} tokens, {config.model.dtype} base")
+        print(f"{run.name}: {rows} x {train.max_seq_len} tokens, {base} base")
     device = "cuda" if config.model.device == "auto" else config.model.device
     print(estimate(model, runs, device).table())
 

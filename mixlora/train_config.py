@@ -16,6 +16,7 @@ from mixlora.optim import OptimConfig
 class ModelConfig:
     base: str  # checkpoint folder
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen base; adapters are float32
+    quantize: Literal["none", "nf4", "int8"] = "none"  # the frozen projections, by bitsandbytes
     device: str = "auto"  # auto: cuda where there is one, else cpu
 
 

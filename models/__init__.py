@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from mixlora.errors import InputError, did_you_mean
 from mixlora.files import TensorFile, check_shapes, read_json, write_json, write_tensors
 from mixlora.layers.adapted_model import AdaptedModel
+from mixlora.layers.lora import Linear
+from mixlora.layers.quantized import require_bitsandbytes
 from models.gemma import Gemma, Gemma2, Gemma2Config, GemmaConfig
 from models.llama import Llama, LlamaConfig
 from models.mistral import Mistral, MistralConfig
@@ -41,14 +43,20 @@ HEADER_OF_OLD_CHECKPOINTS = "rotary_emb.inv_freq"  # a buffer that older checkpo
 
 
 def load(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    quantize: str = "none",
 ) -> AdaptedModel:
     """The model of a local checkpoint folder, frozen, its weights cast to `dtype`.
 
     Reads `model.safetensors`, or the shards of `model.safetensors.index.json`; all missing,
     unexpected and misshaped tensors are one InputError. A name that is no folder is looked up on
-    the hub where `huggingface_hub` is installed.
+    the hub where `huggingface_hub` is installed. `quantize` nf4 or int8: the blocks' projections
+    are rounded one by one on their way to the device (layers/quantized.py).
     """
+    if quantize != "none":
+        require_bitsandbytes(f"quantize {quantize}")
     name, path = str(path), _local_folder(path)
     try:
         torch.empty(0, device=device)
@@ -67,7 +75,7 @@ def load(
     found = {name: shape for name, shape in found.items() if name not in ignored}
     check_shapes(found, wanted, source, _likely_cause)
     state: dict[str, Tensor] = {
-        name: file[name].to(device=device, dtype=dtype)
+        name: file[name].to(device=device if quantize == "none" else "cpu", dtype=dtype)
         for file in files
         for name in file.shapes
         if name in wanted
@@ -75,7 +83,18 @@ def load(
     model.load_state_dict(state, assign=True, strict=False)
     model.name_or_path, model.folder = name, path
     model.tie_weights()
+    quantize_projections(model, quantize, device)
     return model.eval()
+
+
+def quantize_projections(model: AdaptedModel, kind: str, device: str | torch.device) -> None:
+    """Embeddings, norms and the head stay as they are."""
+    if kind == "none":
+        return
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.quantize(kind, device)
+    model.to(device)
 
 
 def without_data(
@@ -85,7 +104,9 @@ def without_data(
     path = Path(path) / "config.json"
     family, config = _read_config(read_json(path), path)
     with torch.device("meta"):
-        return family(config).to(dtype).eval()
+        model = family(config).to(dtype)
+    quantize_projections(model, quantize, "meta")
+    return model.eval()
 
 
 def save(model: AdaptedModel, directory: str | Path) -> None:
@@ -96,6 +117,8 @@ def save(model: AdaptedModel, directory: str | Path) -> None:
     directory = Path(directory)
     if model.folder is None:
         raise InputError("save: the model was not loaded from a checkpoint: it has no config.json")
+    if any(isinstance(x, Linear) and x.quantized is not None for x in model.modules()):
+        raise InputError("save: the base is quantised: load it without quantize")
     if directory.resolve() == model.folder.resolve():
         raise InputError(f"save: {directory} is where the model's own weights are read from")
     with torch.device("meta"):

@@ -16,23 +16,44 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mixlora.layers.context import ForwardContext, Sequences, Span, put_together, rows_of
+from mixlora.layers.quantized import QuantizedWeight, quantized_linear
 from mixlora.ops import dropout, linear
 from mixlora.ops.philox import seed_tensor
 
 
 class Linear(nn.Module):
-    """A frozen projection of the base model and the updates around it, by adapter name."""
+    """A frozen projection of the base model and the updates around it, by adapter name.
+
+    Of a quantised one `weight` tells shape, dtype and device alone: it is one NaN, expanded.
+    """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         bias_O = torch.empty(out_features) if bias else None
         self.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
+        self.quantized: QuantizedWeight | None = None
         self.adapters = nn.ModuleDict()
+
+    def quantize(self, kind: str, device: str | torch.device) -> None:
+        weight = self.weight.to(device)
+        self.quantized = QuantizedWeight(weight, kind)
+        shape_alone = weight.new_full((), torch.nan).expand(weight.shape)
+        self.weight = nn.Parameter(shape_alone, requires_grad=False)
+
+    def matrix(self) -> Tensor:
+        """W as it computes; of a quantised one a new tensor."""
+        return self.weight if self.quantized is None else self.quantized.matrix()
+
+    def product(self, x: Tensor) -> Tensor:
+        """W x + b"""
+        if self.quantized is None:
+            return linear(x, self.weight, self.bias)
+        return quantized_linear(x, self.quantized, self.bias)
 
     def forward(self, x_BSI: Tensor, context: ForwardContext) -> Tensor:
         """The frozen product once over all rows; each adapter changes its own."""
-        y_BSO = linear(x_BSI, self.weight, self.bias)
+        y_BSO = self.product(x_BSI)
         xs, ys = rows_of(context.spans, x_BSI), rows_of(context.spans, y_BSO)
         parts = [
             self.adapt(span, x_BSI, y_BSO, context)
@@ -78,7 +99,7 @@ class LoraPair(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(*E, O, r))
         self.lora_magnitude_vector = None
         if use_dora:
-            norm_O = root(row_square(base.weight, self.lora_A.dtype))
+            norm_O = root(row_square(base.matrix(), self.lora_A.dtype))
             self.lora_magnitude_vector = nn.Parameter(norm_O.expand(*E, O).clone())
 
     def dora_scale(self, base: Linear) -> Tensor | None:
@@ -100,9 +121,10 @@ class LoraPair(nn.Module):
         """
         with torch.inference_mode(False), torch.no_grad():  # the result may meet autograd later
             lora_a, lora_b, s = self.lora_A, self.lora_B, self.scaling
-            crossed = (base.weight.to(lora_a.dtype) @ lora_a.mT * lora_b).sum(-1)
+            weight = base.matrix()
+            crossed = (weight.to(lora_a.dtype) @ lora_a.mT * lora_b).sum(-1)
             quadratic = (lora_b @ (lora_a @ lora_a.mT) * lora_b).sum(-1)
-            square = row_square(base.weight, lora_a.dtype) + 2 * s * crossed + s * s * quadratic
+            square = row_square(weight, lora_a.dtype) + 2 * s * crossed + s * s * quadratic
             return root(square)
 
 
