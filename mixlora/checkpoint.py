@@ -25,10 +25,10 @@ from mixlora.files import (
     write_tensors,
 )
 from mixlora.layers.adapted_model import AdaptedModel
+from mixlora.optim import fresh_state, restore_state, state_tensors
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
 GENERATOR = "random_generator"
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -54,10 +54,9 @@ def save_checkpoint(
     temporary.mkdir(parents=True)
     save_adapter(model, temporary, name, pickled=False)
     tensors = {
-        f"{key}.{moment}": optimizer.state[parameter][moment]
+        f"{key}.{moment}": x
         for key, parameter in trained_parameters(model, name).items()
-        if parameter in optimizer.state  # one that never had a gradient has none: MiLoRA's may not
-        for moment in MOMENTS
+        for moment, x in state_tensors(optimizer, parameter).items()
     }
     tensors[GENERATOR] = generator.get_state()
     write_tensors(temporary / OPTIMIZER_FILE, tensors)
@@ -82,17 +81,19 @@ def load_checkpoint(
         for key, parameter in trained_parameters(model, name).items()
         if f"{key}.step" in file.shapes
     }
-    wanted = {f"{key}.step": () for key in parameters} | {GENERATOR: generator.get_state().shape}
+    wanted: dict[str, tuple] = {GENERATOR: generator.get_state().shape}
+    moments: dict[str, list[str]] = {}
     for key, parameter in parameters.items():
-        wanted |= {f"{key}.{moment}": parameter.shape for moment in MOMENTS[1:]}
+        state = fresh_state(optimizer, parameter)
+        moments[key] = [moment for moment in state if not moment.startswith("qmap")]
+        wanted |= {
+            f"{key}.{moment}": getattr(state[moment], "shape", ()) for moment in moments[key]
+        }
     check_shapes(file.shapes, wanted, file.path)
     read_tensors(model, path, name)
     for key, parameter in parameters.items():
-        device = {"step": "cpu"}  # AdamW counts on the CPU
-        optimizer.state[parameter] = {
-            moment: file[f"{key}.{moment}"].to(device.get(moment, parameter.device))
-            for moment in MOMENTS
-        }
+        tensors = {moment: file[f"{key}.{moment}"] for moment in moments[key]}
+        restore_state(optimizer, parameter, tensors)
     generator.set_state(file[GENERATOR])
     step = read_json(path / STATE_FILE).get("step")
     if type(step) is not int or step < 1:
