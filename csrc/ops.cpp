@@ -35,7 +35,10 @@ STABLE_TORCH_LIBRARY(mixlora, m) {
   m.def("dropout(Tensor x_ND, float p, Tensor seed) -> Tensor");
 
   // A product with few rows, as in decoding: takes as long as W takes to be read.
-  m.def("few_rows_linear(Tensor x_TI, Tensor w_OI, Tensor? bias_O) -> Tensor");
+  m.def("few_rows_linear(Tensor x, Tensor w_OI, Tensor? bias_O) -> Tensor");
+  m.def(
+      "few_rows_lora(Tensor y, Tensor x, Tensor lora_a, Tensor lora_b, float scaling) -> "
+      "Tensor");
 
   // The matrix of each slot's expert, its transpose, and that matrix's gradient; and B A of rows
   // sorted by group.

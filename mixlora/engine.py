@@ -11,6 +11,7 @@ alone: in fp32, greedy tokens are those of a lone run but where two logits are c
 Knows no tokenizer.
 """
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -197,7 +198,7 @@ class Engine:
             mask_BS=None if mask_BS.all() else mask_BS.to(self.device),
             select_BS=last_BS.to(self.device),
             cache=self.cache.rows(row_B),
-            adapters=[request.adapter for request, _ in parts],
+            adapters=self._called([request for request, _ in parts]),
         )
         ready = [request for request, _ in parts if request.num_prefilled == len(request.prompt)]
         self._accept(ready, logits_NV)
@@ -226,25 +227,29 @@ class Engine:
         if not any(running):
             return
         tokens_B = [x.last if is_on else 0 for x, is_on in zip(batch, running, strict=True)]
-        distinct = {x.adapter for x, is_on in zip(batch, running, strict=True) if is_on}
-        if len(distinct) == 1:
-            adapters = list(distinct) * len(batch)
-        else:
-            for request, is_on in zip(batch, running, strict=True):
-                if is_on and request.member is None:
-                    request.member = self.stacks.member(request.adapter)
-            adapters = [
-                x.member if is_on else None for x, is_on in zip(batch, running, strict=True)
-            ]
         running_B1 = torch.tensor(running, device=self.device)[:, None]
         logits_NV = self.model(
             torch.tensor(tokens_B, device=self.device)[:, None],
             mask_BS=None if all(running) else running_B1,
             select_BS=running_B1,
             cache=self.cache.rows(slice(0, len(batch))),
-            adapters=adapters,
+            adapters=self._called(batch),
         )
         self._accept([x for x, is_on in zip(batch, running, strict=True) if is_on], logits_NV)
+
+    def _called(self, requests: Sequence[Request]) -> list[Member | str | None]:
+        """Their adapters in one forward: a single one by its name, several as members of stacks."""
+        names = [x.adapter for x in requests]
+        if len(set(names)) == 1:
+            return names
+        if any(x.member is None for x in requests if x.adapter is not None):
+            soon = (*self.rows, *itertools.islice(self.waiting, len(self.rows)))
+            room = len({x.adapter for x in soon if x is not None})
+            called = self.stacks.members(set(names), room)
+            for request in requests:
+                request.member = called[request.adapter]
+        # what a prompt router chooses is its adapter's own; behind the prompt, the cache has it
+        return [x.adapter if x.last is None and self._is_whole(x) else x.member for x in requests]
 
     def _accept(self, requests: list[Request], logits_NV: Tensor) -> None:
         """Each takes a token of its logits."""

@@ -101,12 +101,13 @@ def test_a_stack_computes_what_its_members_do(kind: str, dtype: torch.dtype) -> 
     tokens_BS = some_tokens(7, 5)
     order = [names[i] for i in (0, 2, 1, 4, 0, 3, 1)]
     with model.evaluating():
-        members = [engine.stacks.member(name) for name in order]
+        called = engine.stacks.members(order)
+        members = [called[name] for name in order]
         assert all(isinstance(member, Member) == (member is not None) for member in members)
         assert len({member.stack for member in members if member}) == 2
         found, wanted = model(tokens_BS, adapters=members), model(tokens_BS, adapters=order)
         assert_close(found, wanted, rel=5e-2 if dtype == torch.bfloat16 else None)
-        only = [engine.stacks.member(name) for name in names[:2]]
+        only = [called[name] for name in names[:2]]
         assert_close(
             model(tokens_BS[:2], adapters=only),
             model(tokens_BS[:2], adapters=names[:2]),
@@ -120,14 +121,18 @@ def test_stacks_grow_and_follow_their_members() -> None:
     names = [f"a{i}" for i in range(9)]
     for i, name in enumerate(names):
         add_filled(model, name, seed=i, r=1 + i % 8)
-    members = [engine.stacks.member(name) for name in names]
-    assert [member.index for member in members] == list(range(9))
-    assert model.stack_sizes == {"stack:0": 16}
+    for count, size in ((1, 1), (3, 4), (4, 4), (9, 16)):
+        called = engine.stacks.members(names[:count])
+        assert [called[name] for name in names[:count]] == [
+            Member("stack:0", index) for index in range(count)
+        ]
+        assert model.stack_sizes == {"stack:0": size}
     tokens_BS = some_tokens(9, 4)
 
     def check() -> None:
         with model.evaluating():
-            members = [engine.stacks.member(name) for name in names]
+            called = engine.stacks.members(names)
+            members = [called[name] for name in names]
             assert_close(model(tokens_BS, adapters=members), model(tokens_BS, adapters=names))
 
     check()
@@ -138,7 +143,7 @@ def test_stacks_grow_and_follow_their_members() -> None:
     assert "a5" not in model.adapter_configs
     names[5] = "b"
     add_filled(model, "b", seed=77, r=2)
-    assert engine.stacks.member("b").index == 5  # the place that became free
+    assert engine.stacks.members(["b"])["b"].index == 5  # the place that became free
     check()
     mixlora.remove_adapter(model, "a2")  # behind the engine's back, and another under its name
     add_filled(model, "a2", seed=78, r=8)

@@ -14,6 +14,7 @@
 #include "common/parallel.h"
 #include "dropout/dropout.h"
 #include "few_rows_linear/few_rows_linear.h"
+#include "few_rows_lora/few_rows_lora.h"
 #include "grouped_lora/grouped_lora.h"
 #include "grouped_shrink/grouped_shrink.h"
 #include "moe_gather/moe_gather.h"
@@ -180,6 +181,20 @@ void check_rows(const Plan& plan) {
          .T = 9,
          .I = D,
          .O = N,
+         .dtype = Dtype::kFloat32});
+  });
+  check("few_rows_lora", [&](const auto& out) {
+    RUN(few_rows_lora,
+        {.y_TO = y_ND.data(),
+         .x_TI = x_TD.data(),
+         .lora_a_RI = x_TD.data(),
+         .lora_b_OR = y_ND.data(),
+         .sum_TO = out(9 * N),
+         .T = 9,
+         .I = 1000,
+         .O = N,
+         .R = D,
+         .scaling = 0.5,
          .dtype = Dtype::kFloat32});
   });
 #endif

@@ -59,6 +59,13 @@ inline std::vector<int64_t> shape(const Tensor& tensor) {
   return {tensor.sizes().begin(), tensor.sizes().end()};
 }
 
+// Of x [..., I].
+inline int64_t rows_of(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+  return rows;
+}
+
 // STD_TORCH_CHECK would put the source file's path before the message.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {

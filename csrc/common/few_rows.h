@@ -3,6 +3,7 @@
 //
 //   few_rows_shrink    y_n[o] = <x_n, w_o>       w_o is long: a sum for each lane, then one of them
 //   few_rows_expand    y_n[o] += <a_n, w_o>      w_o is short: the sums of kWidth outputs at once
+//   few_rows_add       either of them, to be added
 //
 // A row's sums are in one order, whatever rows are beside it.
 #pragma once
@@ -132,6 +133,22 @@ void few_rows_expand(
   }
   for (; o < O; ++o) {
     for (int64_t n = 0; n < N; ++n) y_N[n][o] += sum(few_rows_dot(a_N[n], w_OR + o * R, R));
+  }
+}
+
+inline constexpr int64_t kShort = 64;  // features, as the rank of a LoRA's B
+
+// y_N[n][o] += <x_N[n], w_OI[o]>, whatever I.
+template <class W, class S>
+void few_rows_add(
+    const S* const* x_N, int64_t N, const W* w_OI, int64_t O, int64_t I, S* const* y_N) {
+  if (I <= kShort && I % kWidth<S> == 0) return few_rows_expand(x_N, N, w_OI, O, I, y_N);
+  std::vector<S> more(N * O);
+  std::vector<S*> more_N(N);
+  for (int64_t n = 0; n < N; ++n) more_N[n] = more.data() + n * O;
+  few_rows_shrink(x_N, N, w_OI, O, I, I, more_N.data());
+  for (int64_t n = 0; n < N; ++n) {
+    for (int64_t o = 0; o < O; ++o) y_N[n][o] += more_N[n][o];
   }
 }
 

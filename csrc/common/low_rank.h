@@ -14,7 +14,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <type_traits>
 #include <vector>
@@ -48,7 +47,7 @@ INLINE void with_constant(int64_t n, const Body& body) {
 template <class From, class To>
 INLINE void convert(const From* from, int64_t count, To* to) {
   if constexpr (std::is_same_v<From, To>) {
-    memcpy(to, from, count * sizeof(To));
+    std::copy_n(from, count, to);  // of nothing too, wherever that is
   } else {
     for_each_vector<From>(
         count, [&](int64_t i, auto n) { store_part(to + i, load_part(from + i, n), n); });

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mixlora.layers.context import ForwardContext, Sequences, Span, put_together, rows_of
 from mixlora.layers.quantized import QuantizedWeight, quantized_linear
-from mixlora.ops import dropout, linear
+from mixlora.ops import dropout, few_rows_lora, is_few, linear
 from mixlora.ops.philox import seed_tensor
 
 
@@ -54,6 +54,8 @@ class Linear(nn.Module):
     def forward(self, x_BSI: Tensor, context: ForwardContext) -> Tensor:
         """The frozen product once over all rows; each adapter changes its own."""
         y_BSO = self.product(x_BSI)
+        if len(context.spans) == 1 and context.spans[0].length is None:  # no view to be made
+            return self.adapt(context.spans[0], x_BSI, y_BSO, context)
         xs, ys = rows_of(context.spans, x_BSI), rows_of(context.spans, y_BSO)
         parts = [
             self.adapt(span, x_BSI, y_BSO, context)
@@ -144,6 +146,9 @@ class Lora(LoraPair):
         self, x_BSI: Tensor, y_BSO: Tensor, base: Linear, context: ForwardContext, span: Span
     ) -> Tensor:
         p = self.dropout if self.training else 0.0
+        if not p and self.lora_magnitude_vector is None and is_few(x_BSI):
+            lora_a, lora_b = self.lora_A.to(x_BSI.dtype), self.lora_B.to(x_BSI.dtype)
+            return few_rows_lora(y_BSO, x_BSI, lora_a, lora_b, self.scaling)
         sequences = context.sequences(span, self)
         a_BSR = of_dropped(linear, p, sequences, x_BSI, self.lora_A.to(x_BSI.dtype))
         delta_BSO = linear(a_BSR * self.scaling, self.lora_B.to(x_BSI.dtype))

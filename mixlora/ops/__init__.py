@@ -10,6 +10,7 @@ except ImportError as error:
 from mixlora.ops._switch import reference, use_reference
 from mixlora.ops.dropout import dropout, dropout_ref
 from mixlora.ops.few_rows_linear import few_rows_linear, few_rows_linear_ref
+from mixlora.ops.few_rows_lora import few_rows_lora, few_rows_lora_ref
 from mixlora.ops.grouped_lora import grouped_lora, grouped_lora_ref
 from mixlora.ops.grouped_shrink import (
     grouped_expand,
@@ -17,7 +18,7 @@ from mixlora.ops.grouped_shrink import (
     grouped_shrink,
     grouped_shrink_ref,
 )
-from mixlora.ops.linear import linear, linear_ref
+from mixlora.ops.linear import is_few, linear, linear_ref
 from mixlora.ops.moe_gather import moe_gather, moe_gather_ref
 from mixlora.ops.moe_scatter import moe_scatter, moe_scatter_ref
 from mixlora.ops.moe_sort import Plan, moe_sort, moe_sort_ref
@@ -32,12 +33,15 @@ __all__ = [
     "dropout_ref",
     "few_rows_linear",
     "few_rows_linear_ref",
+    "few_rows_lora",
+    "few_rows_lora_ref",
     "grouped_expand",
     "grouped_expand_ref",
     "grouped_lora",
     "grouped_lora_ref",
     "grouped_shrink",
     "grouped_shrink_ref",
+    "is_few",
     "linear",
     "linear_ref",
     "moe_gather",

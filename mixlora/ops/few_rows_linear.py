@@ -14,15 +14,16 @@ from torch import Tensor
 from mixlora.ops._switch import use_reference
 
 
-def few_rows_linear(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+def few_rows_linear(x: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x [..., I] -> [..., O]."""
     run = few_rows_linear_ref if use_reference() else torch.ops.mixlora.few_rows_linear
-    return run(x_TI, w_OI, bias_O)
+    return run(x, w_OI, bias_O)
 
 
-def few_rows_linear_ref(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    return F.linear(x_TI, w_OI, bias_O)
+def few_rows_linear_ref(x: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    return F.linear(x, w_OI, bias_O)
 
 
 @torch.library.register_fake("mixlora::few_rows_linear")
-def _(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    return x_TI.new_empty(len(x_TI), len(w_OI))
+def _(x: Tensor, w_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(w_OI))

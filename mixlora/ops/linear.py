@@ -26,11 +26,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., I], weight [O, I], bias [O] -> [..., O]."""
     if use_reference():
         return linear_ref(x, weight, bias)
-    is_few = x.device.type == "cpu" and x.numel() <= FEW_ROWS * x.shape[-1]
-    if is_few and not torch.is_grad_enabled():
-        y_TO = few_rows_linear(x.flatten(0, -2), weight, bias)
-        return y_TO.view(*x.shape[:-1], len(weight))
+    if is_few(x):
+        return few_rows_linear(x, weight, bias)
     return _WideLinear.apply(x, weight, bias) if is_emulated(x) else linear_ref(x, weight, bias)
+
+
+def is_few(x: Tensor) -> bool:
+    """Whether the kernels for few rows are for x [..., I]."""
+    if torch.is_grad_enabled() or not x.is_cpu:
+        return False
+    return x.numel() <= FEW_ROWS * x.shape[-1]
 
 
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

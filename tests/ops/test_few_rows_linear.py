@@ -34,6 +34,8 @@ def test_against_the_library(T: int, I: int, O: int, bias: bool, dtype: torch.dt
         assert_close_to_ref64(found, ops.linear_ref(*low), ops.linear_ref(*exact))
     noncontiguous = [None if x is None else scattered(x) for x in low]
     assert torch.equal(few_rows_linear(*noncontiguous), found)
+    more = few_rows_linear(low[0][None, :, None], *low[1:])
+    assert torch.equal(more, found[None, :, None])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -70,7 +72,7 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         sys.modules["mixlora.ops.linear"],
         "few_rows_linear",
-        lambda *x: calls.append(len(x[0])) or few_rows_linear(*x),
+        lambda *x: calls.append(x[0].shape[:-1].numel()) or few_rows_linear(*x),
     )
     weight = normal(6, 8).float()
     with torch.no_grad():
@@ -94,7 +96,7 @@ def test_opcheck() -> None:
     "shapes, message",
     [
         (((3, 8), (5, 9)), r"w_OI must be \[O, I\] = \[5, 8\], got \[5, 9\]"),
-        (((8,), (5, 8)), r"x_TI must be \[T, I\], got \[8\]"),
+        (((), (5, 8)), r"x must be \[..., I\], got \[\]"),
         (((3, 8), (5, 8), (4,)), r"bias_O must be \[O\] = \[5\], got \[4\]"),
     ],
 )
