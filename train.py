@@ -31,11 +31,12 @@ import models
 from mixlora import config as configs
 from mixlora import mlora_config, processes
 from mixlora.adapter_files import read_tensors
-from mixlora.adapters import freeze_but, trained_parameters
+from mixlora.adapters import adapter_parameters, freeze_but, trained_parameters
 from mixlora.batches import alike, joined
 from mixlora.checkpoint import Checkpoints
 from mixlora.data import Batch, Dataset, Order, collate, load_dataset
 from mixlora.errors import ArgumentParser, InputError, command
+from mixlora.estimate import estimate
 from mixlora.evaluation import evaluate, load_questions
 from mixlora.faults import memory_for_training, non_finite_report
 from mixlora.files import write_json
@@ -79,12 +80,18 @@ def train(argv: list[str], during: contextlib.ExitStack) -> int:
     parser.add_argument("--allow-changes", action="store_true", help="--resume with new settings")
     parser.add_argument("--print-config", action="store_true", help="print all settings and stop")
     parser.add_argument("--profile", type=whole_number, metavar="N", help="N steps, by torch")
+    parser.add_argument(
+        "--estimate", action="store_true", help="print the memory it needs and stop"
+    )
     options = parser.parse_intermixed_args(argv)
     if options.allow_changes and not options.resume:
         raise InputError("--allow-changes must go with --resume")
     config = configs.load(TrainConfig, options.config, options.overrides, mlora_config.translate)
     if options.print_config:
         print(configs.to_yaml(config), end="")
+        return 0
+    if options.estimate:
+        print_estimate(config)
         return 0
 
     # Everything that can be wrong is found before anything is written or trained.
@@ -428,10 +435,35 @@ def load_model(config: ModelConfig) -> AdaptedModel:
     device = processes.device(config.device)
     shards = config.shard and processes.world_size() > 1
     dtype = getattr(torch, config.dtype)
-    model = models.load(config.base, dtype, "cpu" if shards else device)
+    model = models.load(config.base, dtype, "cpu" if shards else device, config.quantize)
     if shards:
         processes.shard(model, device)
     return model
+
+
+def print_estimate(config: TrainConfig) -> None:
+    """Of a GPU's memory, unless the settings say cpu; of so many adapters as train together those
+    that are largest."""
+    dtype, quantize = getattr(torch, config.model.dtype), config.model.quantize
+    model = models.without_data(config.model.base, dtype, quantize)
+    with torch.device("meta"):
+        for run in config.runs():
+            begin_adapter(model, run)
+
+    def size(run: AdapterRun) -> int:
+        return sum(p.numel() for p in adapter_parameters(model, run.name).values())
+
+    runs = sorted(config.runs(), key=size, reverse=True)
+    runs, later = runs[: config.run.together], runs[config.run.together or len(runs) :]
+    for run in later:
+        mixlora.remove_adapter(model, run.name)
+    base = config.model.dtype if quantize == "none" else f"{quantize} ({config.model.dtype})"
+    for run in runs:
+        train = run.train
+        rows = train.micro_batch_size or train.batch_size
+        print(f"{run.name}: {rows} x {train.max_seq_len} tokens, {base} base")
+    device = "cuda" if config.model.device == "auto" else config.model.device
+    print(estimate(model, runs, device).table())
 
 
 def begin_adapter(model: AdaptedModel, run: AdapterRun) -> None:

@@ -184,6 +184,8 @@ def merge(model: AdaptedModel, name: str = "default") -> float:
     ]
     if not merged:
         raise InputError(f"merge: {name} has experts only, which no base weight can hold")
+    if any(base.quantized is not None for _, base in merged):
+        raise InputError("merge: the base is quantised: load it without quantize")
     generator = torch.Generator().manual_seed(0)
     tokens_BS = torch.randint(model.config.vocab_size, (1, 64), generator=generator)
     tokens_BS = tokens_BS[:, : model.config.max_position_embeddings]

@@ -33,13 +33,13 @@ from mixlora.files import (
 )
 from mixlora.layers.adapted_model import AdaptedModel
 from mixlora.metrics import tell
+from mixlora.optim import fresh_tensors, restore_state, state_tensors
 from mixlora.train_config import RunConfig
 from mixlora.whole_folder import discard, publish, sweep, verify
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
 FILES = (CONFIG_FILE, TENSOR_FILE, OPTIMIZER_FILE, STATE_FILE)
 GENERATOR = "random_generator"
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 BESIDE_TENSORS = 1 << 16  # bytes of a checkpoint: headers, settings, manifest, folder
 
 
@@ -118,13 +118,12 @@ class Checkpoints:
     def rehearse(self) -> None:
         """Before the first step: an error unless there is room for all checkpoints that are to
         come, and one can be written and read back. Nothing is left."""
-        tensors = {key: torch.zeros(()).expand(shape) for key, shape in self._moments().items()}
-        tensors |= self._tensors()
+        tensors = self._later_tensors() | self._tensors()
         path = self.folder / ".rehearsal.0.tmp"  # a name that is swept
         try:
             make_folder(self.folder)
             sweep(self.folder)
-            self._require_room()
+            self._require_room(tensors)
             publish(path, lambda folder: self._write(folder, tensors, {}))
             try:
                 verify(path, FILES)
@@ -137,20 +136,18 @@ class Checkpoints:
     def _tensors(self) -> dict[str, Tensor]:
         """Of the optimizer's file. A parameter that never had a gradient has no moments yet."""
         tensors = {
-            f"{key}.{moment}": self.optimizer.state[parameter][moment]
+            f"{key}.{moment}": x
             for key, parameter in trained_parameters(self.model, self.name).items()
-            if parameter in self.optimizer.state
-            for moment in MOMENTS
+            for moment, x in state_tensors(self.optimizer, parameter).items()
         }
         return {**tensors, GENERATOR: self.generator.get_state()}
 
-    def _moments(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of AdamW's state once all parameters have had a gradient."""
-        parameters = trained_parameters(self.model, self.name)
+    def _later_tensors(self) -> dict[str, Tensor]:
+        """The optimizer's once all parameters have had a gradient."""
         return {
-            f"{key}.{moment}": () if moment == "step" else tuple(parameter.shape)
-            for key, parameter in parameters.items()
-            for moment in MOMENTS
+            f"{key}.{moment}": x
+            for key, parameter in trained_parameters(self.model, self.name).items()
+            for moment, x in fresh_tensors(self.optimizer, parameter).items()
         }
 
     def _write(self, folder: Path, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
@@ -186,8 +183,12 @@ class Checkpoints:
             for key, parameter in trained_parameters(self.model, self.name).items()
             if f"{key}.step" in file.shapes
         }
-        moments = self._moments()
-        wanted = {x: moments[x] for key in parameters for x in (f"{key}.{m}" for m in MOMENTS)}
+        fresh = {key: fresh_tensors(self.optimizer, x) for key, x in parameters.items()}
+        wanted = {
+            f"{key}.{moment}": tuple(x.shape)
+            for key, tensors in fresh.items()
+            for moment, x in tensors.items()
+        }
         wanted[GENERATOR] = tuple(self.generator.get_state().shape)
         check_shapes(file.shapes, wanted, file.path)
         try:
@@ -196,11 +197,8 @@ class Checkpoints:
             raise InputError(f"{file.path}: {GENERATOR}: {error}") from None
         read_tensors(self.model, path, self.name)
         for key, parameter in parameters.items():
-            device = {"step": "cpu"}  # AdamW counts on the CPU
-            self.optimizer.state[parameter] = {
-                moment: file[f"{key}.{moment}"].to(device.get(moment, parameter.device))
-                for moment in MOMENTS
-            }
+            tensors = {moment: file[f"{key}.{moment}"] for moment in fresh[key]}
+            restore_state(self.optimizer, parameter, tensors)
         self.generator.set_state(file[GENERATOR])
 
     def _compare(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -227,17 +225,15 @@ class Checkpoints:
         self.refused.discard(path)
         tell(f"warning: {path} is not intact or of another training, and is now {aside.name}")
 
-    def _size(self) -> int:
-        """Bytes of a checkpoint: the adapter, and two moments of all that is trained."""
+    def _size(self, tensors: Mapping[str, Tensor]) -> int:
+        """Bytes of a checkpoint: the adapter, and what the optimizer knows of it."""
         adapter = adapter_parameters(self.model, self.name).values()
-        trained = trained_parameters(self.model, self.name).values()
-        tensors = [*adapter, *trained, *trained]
-        return BESIDE_TENSORS + sum(x.numel() * x.element_size() for x in tensors)
+        return BESIDE_TENSORS + sum(x.nbytes for x in (*adapter, *tensors.values()))
 
-    def _require_room(self) -> None:
+    def _require_room(self, tensors: Mapping[str, Tensor]) -> None:
         there = [path for path in checkpoints(self.folder) if path not in self.refused]
         count = max(1, self.config.keep_last + self.config.keep_best + 1 - len(there))
-        needed, free = count * self._size(), shutil.disk_usage(self.folder).free
+        needed, free = count * self._size(tensors), shutil.disk_usage(self.folder).free
         if needed > free:
             raise InputError(
                 f"{self.folder}: {count} checkpoints (run.keep_last and run.keep_best and one in "
@@ -249,9 +245,10 @@ class Checkpoints:
             free = f"{shutil.disk_usage(self.folder).free}"
         except OSError:
             free = "an unknown number"
+        needed = self._size(self._later_tensors())
         return (
             f"checkpoint {path} cannot be written: {error.strerror or error}; it needs about "
-            f"{self._size()} bytes, {free} are free; earlier checkpoints are as they were"
+            f"{needed} bytes, {free} are free; earlier checkpoints are as they were"
         )
 
 

@@ -16,8 +16,13 @@ from mixlora.optim import OptimConfig
 class ModelConfig:
     base: str  # checkpoint folder
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen base; adapters are float32
+    quantize: Literal["none", "nf4", "int8"] = "none"  # the frozen projections, by bitsandbytes
     device: str = "auto"  # auto: cuda where there is one, else cpu
     shard: bool = False  # of several processes each keeps a part of the base
+
+    def __post_init__(self) -> None:
+        if self.shard and self.quantize != "none":
+            raise InputError(f"shard must be false with quantize {self.quantize}")
 
 
 @dataclass

@@ -23,6 +23,8 @@ from mixlora.files import (
     write_tensors,
 )
 from mixlora.layers.adapted_model import AdaptedModel
+from mixlora.layers.lora import Linear
+from mixlora.layers.quantized import require_bitsandbytes
 from models.gemma import Gemma, Gemma2, Gemma2Config, GemmaConfig
 from models.llama import Llama, LlamaConfig
 from models.mistral import Mistral, MistralConfig
@@ -49,20 +51,26 @@ HEADER_OF_OLD_CHECKPOINTS = "rotary_emb.inv_freq"  # a buffer that older checkpo
 
 
 def load(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    quantize: str = "none",
 ) -> AdaptedModel:
     """The model of a local checkpoint folder, frozen, its weights cast to `dtype`.
 
     Reads `model.safetensors`, or the shards of `model.safetensors.index.json`; all missing,
     unexpected and misshaped tensors are one InputError. A name that is no folder is looked up on
-    the hub where `huggingface_hub` is installed.
+    the hub where `huggingface_hub` is installed. `quantize` nf4 or int8: the blocks' projections
+    are rounded one by one on their way to the device (layers/quantized.py).
     """
+    if quantize != "none":
+        require_bitsandbytes(f"quantize {quantize}")
     name, path = str(path), _local_folder(path)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
         raise InputError(f"device {device}: {str(error).splitlines()[0]}") from None
-    family, config = _read_config(read_json(path / "config.json"), path / "config.json")
+    _, config = _read_config(read_json(path / "config.json"), path / "config.json")
     source, files = _weight_files(path)
     found = {name: shape for file in files for name, shape in file.shapes.items()}
     if config.num_hidden_layers > len(found):
@@ -70,12 +78,7 @@ def load(
             f"{path / 'config.json'}: num_hidden_layers is {config.num_hidden_layers}, but the "
             f"checkpoint holds {len(found)} tensors"
         )
-    try:
-        with torch.device("meta"):
-            model = family(config)
-    except (RuntimeError, OverflowError) as error:  # a product of sizes that no memory holds
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path / 'config.json'}: no model has these sizes: {reason}") from None
+    model = without_data(path)
     wanted = {name: tuple(x.shape) for name, x in model.state_dict().items()}
     if config.tie_word_embeddings:
         del wanted["lm_head.weight"]
@@ -87,7 +90,7 @@ def load(
     for file in files:
         check_floats(file, file.shapes.keys() & wanted.keys())
     state: dict[str, Tensor] = {
-        name: file[name].to(device=device, dtype=dtype)
+        name: file[name].to(device=device if quantize == "none" else "cpu", dtype=dtype)
         for file in files
         for name in file.shapes
         if name in wanted
@@ -95,6 +98,33 @@ def load(
     model.load_state_dict(state, assign=True, strict=False)
     model.name_or_path, model.folder = name, path
     model.tie_weights()
+    quantize_projections(model, quantize, device)
+    return model.eval()
+
+
+def quantize_projections(model: AdaptedModel, kind: str, device: str | torch.device) -> None:
+    """Embeddings, norms and the head stay as they are."""
+    if kind == "none":
+        return
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.quantize(kind, device)
+    model.to(device)
+
+
+def without_data(
+    path: str | Path, dtype: torch.dtype = torch.float32, quantize: str = "none"
+) -> AdaptedModel:
+    """The model of a checkpoint's config.json on the meta device: shapes alone, nothing is read."""
+    path = Path(path) / "config.json"
+    family, config = _read_config(read_json(path), path)
+    try:
+        with torch.device("meta"):
+            model = family(config).to(dtype)
+    except (RuntimeError, OverflowError) as error:  # a product of sizes that no memory holds
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: no model has these sizes: {reason}") from None
+    quantize_projections(model, quantize, "meta")
     return model.eval()
 
 
@@ -106,6 +136,8 @@ def save(model: AdaptedModel, directory: str | Path) -> None:
     directory = Path(directory)
     if model.folder is None:
         raise InputError("save: the model was not loaded from a checkpoint: it has no config.json")
+    if any(isinstance(x, Linear) and x.quantized is not None for x in model.modules()):
+        raise InputError("save: the base is quantised: load it without quantize")
     if directory.resolve() == model.folder.resolve():
         raise InputError(f"save: {directory} is where the model's own weights are read from")
     with torch.device("meta"):

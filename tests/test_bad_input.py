@@ -167,6 +167,14 @@ CONFIGS: dict[str, Case] = {
         "schedule: cosin",
         "config.yaml:12: optim.schedule must be constant or linear or cosine, got 'cosin'",
     ),
+    "wrong optimizer": config(
+        "lr: 1e-3", "kind: adam8", "config.yaml:12: optim.kind must be adamw or adamw8bit"
+    ),
+    "wrong bits": config(
+        "  base:",
+        "  quantize: nf8\n  base:",
+        "model.quantize must be none or nf4 or int8, got 'nf8'",
+    ),
     "out of range": config("lr: 1e-3", "lr: -1", "config.yaml:12: optim.lr must be > 0, got -1"),
     "out of range, adapter": config(
         "top_k: 1", "top_k: 3", "config.yaml:10: adapter.top_k", "got 3"

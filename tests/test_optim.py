@@ -1,6 +1,7 @@
 """The learning rate of every step, and which parameters learn faster."""
 
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,15 @@ import mixlora
 import models
 from mixlora.adapters import adapter_parameters
 from mixlora.errors import InputError
-from mixlora.optim import OptimConfig, lr_at, make_optimizer, set_lr
+from mixlora.optim import (
+    OptimConfig,
+    lr_at,
+    make_optimizer,
+    restore_state,
+    set_lr,
+    state_bytes,
+    state_tensors,
+)
 
 
 def rates(num_steps: int, **config: object) -> list[float]:
@@ -96,3 +105,67 @@ def test_a_step_moves_b_by_the_ratio() -> None:
     optimizer.step()
     torch.testing.assert_close(parameters["x.lora_A"].data, torch.full((3,), 0.875))
     torch.testing.assert_close(parameters["x.lora_B"].data, torch.full((3,), 0.5))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
+def test_a_restored_state_goes_on_to_the_bit(kind: str) -> None:
+    """Of a tensor that is large enough for 8 bits and of one that is not."""
+    if kind == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    config = OptimConfig(kind=kind, lr=0.01)
+
+    def begun() -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"a.lora_A": (64, 65), "a.lora_B": (7, 3)}
+        parameters = {
+            key: nn.Parameter(torch.randn(shape, generator=generator))
+            for key, shape in shapes.items()
+        }
+        return parameters, make_optimizer(parameters, config, 2.0)
+
+    def step(parameters: dict, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for p in parameters.values():
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+
+    first, optimizer = begun()
+    for seed in range(3):
+        step(first, optimizer, seed)
+    second, taken_up = begun()
+    for key, p in second.items():
+        kept = state_tensors(optimizer, first[key])
+        p.data.copy_(first[key])
+        restore_state(taken_up, p, {name: x.clone() for name, x in kept.items()})
+    used = sum(x.nbytes for p in first.values() for x in state_tensors(optimizer, p).values())
+    counts = 4 * 2 if kind == "adamw8bit" else 0  # there a count of steps is no tensor
+    assert state_bytes(first.values(), config) == used - counts
+    for seed in range(3, 6):
+        step(first, optimizer, seed)
+        step(second, taken_up, seed)
+    for key in first:
+        assert torch.equal(first[key], second[key])
+    kept.pop("step")
+    with pytest.raises(InputError, match="a state must hold"):
+        restore_state(taken_up, second["a.lora_B"], kept)
+
+
+def test_8_bits_are_near_fp32() -> None:
+    pytest.importorskip("bitsandbytes")
+    found = {}
+    for kind in ("adamw", "adamw8bit"):
+        weight = nn.Parameter(torch.ones(64, 80))
+        optimizer = make_optimizer({"w": weight}, OptimConfig(kind=kind, lr=0.01), 1.0)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(10):
+            weight.grad = 1 + 0.1 * torch.randn(weight.shape, generator=generator)
+            optimizer.step()
+        found[kind] = weight.detach()
+    assert (found["adamw"] - 1).abs().min() > 0.05
+    assert (found["adamw8bit"] - found["adamw"]).abs().max() < 0.01
+
+
+def test_8_bits_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(InputError, match="optim.kind adamw8bit needs bitsandbytes: pip install"):
+        make_optimizer({"w": nn.Parameter(torch.ones(2))}, OptimConfig(kind="adamw8bit"), 1.0)

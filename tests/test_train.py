@@ -68,6 +68,22 @@ def test_a_run_leaves_what_it_says(settings: dict, tmp_path: Path, capsys) -> No
     assert_same_weights(weights(folder), {key: last[key] for key in last.shapes})
 
 
+def test_8_bit_optimizer_and_4_bit_base_resume_exactly(settings: dict, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings["model"]["quantize"], settings["optim"]["kind"] = "nf4", "adamw8bit"
+    settings["adapter"] = {"routing_strategy": "mixlora", "r": 16, "lora_dropout": 0.1}
+    settings["run"] |= {"save_every_steps": 2, "keep_last": 100}
+    whole = run(settings, tmp_path)
+    expected_metrics, expected_weights = metrics(whole), weights(whole)
+    file = TensorFile(whole / "default/checkpoints/step-000002/optimizer.safetensors")
+    assert any(key.endswith("absmax1") for key in file.shapes)
+    for step in (4, 6):
+        shutil.rmtree(whole / "default" / "checkpoints" / f"step-{step:06d}")
+    resumed = run(settings, tmp_path, "--resume")
+    assert metrics(resumed) == expected_metrics
+    assert_same_weights(weights(resumed), expected_weights)
+
+
 @pytest.mark.parametrize("loss_on", ["answer", "text", "padded_text"])
 def test_a_run_on_files(settings: dict, tmp_path: Path, checkpoint: Path, loss_on: str) -> None:
     """Mixed with a task, weighted, grouped: resumed it is the same, and a step's loss is the sum

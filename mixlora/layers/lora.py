@@ -13,27 +13,48 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from mixlora.layers.context import ForwardContext, Sequences, Span, put_together, rows_of
+from mixlora.layers.quantized import QuantizedWeight, quantized_linear
 from mixlora.ops import dropout, few_rows_lora, linear
 from mixlora.ops.linear import is_few
 from mixlora.ops.philox import seed_tensor
 
 
 class Linear(nn.Module):
-    """A frozen projection of the base model and the updates around it, by adapter name."""
+    """A frozen projection of the base model and the updates around it, by adapter name.
+
+    Of a quantised one `weight` tells shape, dtype and device alone: it is one NaN, expanded.
+    """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         bias_O = torch.empty(out_features) if bias else None
         self.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
+        self.quantized: QuantizedWeight | None = None
         self.adapters = nn.ModuleDict()
+
+    def quantize(self, kind: str, device: str | torch.device) -> None:
+        weight = self.weight.to(device)
+        self.quantized = QuantizedWeight(weight, kind)
+        shape_alone = weight.new_full((), torch.nan).expand(weight.shape)
+        self.weight = nn.Parameter(shape_alone, requires_grad=False)
+
+    def matrix(self) -> Tensor:
+        """W as it computes; of a quantised one a new tensor."""
+        return self.weight if self.quantized is None else self.quantized.matrix()
+
+    def product(self, x: Tensor) -> Tensor:
+        """W x + b"""
+        if self.quantized is None:
+            return linear(x, self.weight, self.bias)
+        return quantized_linear(x, self.quantized, self.bias)
 
     def forward(self, x_BSI: Tensor, context: ForwardContext) -> Tensor:
         """The frozen product once over all rows; each adapter changes its own."""
-        y_BSO = linear(x_BSI, self.weight, self.bias)
+        y_BSO = self.product(x_BSI)
         if len(context.spans) == 1 and context.spans[0].length is None:  # no view to be made
             return self.adapt(context.spans[0], x_BSI, y_BSO, context)
         xs, ys = rows_of(context.spans, x_BSI), rows_of(context.spans, y_BSO)
@@ -81,7 +102,7 @@ class LoraPair(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(*E, O, r))
         self.lora_magnitude_vector = None
         if use_dora:
-            norm_O = root(row_square(base.weight, self.lora_A.dtype))
+            norm_O = root(row_square(base.matrix(), self.lora_A.dtype))
             self.lora_magnitude_vector = nn.Parameter(torch.empty(*E, O).copy_(norm_O))
 
     def dora_scale(self, base: Linear) -> Tensor | None:
@@ -103,9 +124,10 @@ class LoraPair(nn.Module):
         """
         with torch.inference_mode(False), torch.no_grad():  # the result may meet autograd later
             lora_a, lora_b, s = self.lora_A, self.lora_B, self.scaling
-            crossed = (base.weight.to(lora_a.dtype) @ lora_a.mT * lora_b).sum(-1)
+            weight = base.matrix()
+            crossed = (weight.to(lora_a.dtype) @ lora_a.mT * lora_b).sum(-1)
             quadratic = (lora_b @ (lora_a @ lora_a.mT) * lora_b).sum(-1)
-            square = row_square(base.weight, lora_a.dtype) + 2 * s * crossed + s * s * quadratic
+            square = row_square(weight, lora_a.dtype) + 2 * s * crossed + s * s * quadratic
             return root(square)
 
 
@@ -148,22 +170,10 @@ def of_dropped(
         return function(x, *arguments)
     seed = seed_tensor(sequences.seed(), x.device)
 
-    def drop(x: Tensor) -> Tensor:
-        return dropout(x.flatten(0, -2), p, seed)
+    def run(x: Tensor, *arguments: Any) -> Any:
+        return function(dropout(x.flatten(0, -2), p, seed).view_as(x), *arguments)
 
-    dropped = drop(x)
-
-    def pack(kept: Tensor) -> Tensor | Callable[[], Tensor]:
-        if kept.data_ptr() != dropped.data_ptr():
-            return kept
-        size, stride, source = kept.size(), kept.stride(), x.detach()
-        return lambda: drop(source).as_strided(size, stride)
-
-    def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
-        return kept() if callable(kept) else kept
-
-    with saved_tensors_hooks(pack, unpack):
-        return function(dropped.view_as(x), *arguments)
+    return checkpoint(run, x, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def rescale(y_NO: Tensor, delta_NO: Tensor, scale_NO: Tensor, base: Linear) -> Tensor:

@@ -23,7 +23,6 @@ from mixlora.ops import (
     dropout,
     grouped_expand,
     grouped_shrink,
-    linear,
     moe_gather,
     moe_scatter,
     moe_sort,
@@ -61,7 +60,7 @@ class FeedForward(nn.Module):
         ]
         hidden, finishes = zip(*parts, strict=True)
         h_NF = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
-        y_ND = linear(h_NF, self.down_proj.weight, self.down_proj.bias)
+        y_ND = self.down_proj.product(h_NF)
         sections = split(y_ND, [len(h_NF) for h_NF in hidden])
         S, finished = x_BSD.shape[1], []
         for span, finish, y_ND in zip(context.spans, finishes, sections, strict=True):

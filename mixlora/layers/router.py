@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from mixlora.layers.context import Sequences
+from mixlora.ops.philox import seeded
 from mixlora.ops.topk_router import Routing, routing_sums, topk_router
 
 
@@ -47,7 +48,7 @@ class Router(nn.Module, abc.ABC):
         x_TD = x_TD.to(wide)
         if self.training and self.jitter_noise:  # on a copy: the experts see x itself
             low, high = 1 - self.jitter_noise, 1 + self.jitter_noise
-            generator = torch.Generator(x_TD.device).manual_seed(sequences.seed())
+            generator = seeded(sequences.seed(), x_TD.device)
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(low, high, generator=generator)
         return x_TD @ self.weight.to(wide).T
 

@@ -17,6 +17,11 @@ def draw_seed(generator: torch.Generator | None = None) -> int:
     return int(torch.randint(2**62, (), generator=generator))
 
 
+def seeded(seed: int, device: torch.device) -> torch.Generator | None:
+    """A generator of the device's own; the meta device, which has no data, has none."""
+    return None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+
+
 def seed_tensor(seed: int, device: torch.device) -> Tensor:
     """As the operators take it: written by the device, which is not waited for."""
     return torch.full((), seed, device=device)
