@@ -163,8 +163,8 @@ def score(model: AdaptedModel, tokenizer: Tokenizer, questions: dict, how: EvalC
 
 
 class AdapterTraining:
-    """One adapter on its way: data, optimizer, schedule, log, checkpoints and random generator are
-    its own, so that it learns the same whoever is trained beside it.
+    """One adapter on its way: data, optimizer, schedule, log, checkpoints and randomness are its
+    own, so that it learns the same whoever is trained beside it.
 
     The loss of a step is that of all its label tokens, whatever the cut into micro-batches. These
     are shared out over the processes, in rounds.
@@ -205,7 +205,7 @@ class AdapterTraining:
         processes.copy_from_first(self.parameters.values())
         self.optimizer = make_optimizer(self.parameters, run.optim, run.adapter.loraplus_lr_ratio)
         self.num_steps = run.train.steps or run.train.epochs * self.order.steps_per_epoch
-        of_run = model, run.name, self.optimizer, self.generator, config.run
+        of_run = model, run.name, self.optimizer, config.run
         self.checkpoints = Checkpoints(folder / "checkpoints", *of_run)
         saved = self.checkpoints.resume() if resume else None
         self.step = self.saved_step = saved["step"] if saved else 0  # so many are done

@@ -1,12 +1,12 @@
 """What an adapter's training needs to go on exactly where it stopped (docs/checkpoints.md).
 
     checkpoints/step-000123/adapter_config.json  adapter_model.safetensors   the adapter
-                            optimizer.safetensors    AdamW's state, the random generator's
+                            optimizer.safetensors    AdamW's state
                             state.json               step, epoch, ..., the settings
                             MANIFEST.json            bytes and sha256 of these (whole_folder.py)
 
-No file is a pickle. All randomness of a training, on a GPU too, is drawn from the adapter's own
-generator on the CPU: its state is the only one there is.
+No file is a pickle. There is no random state: a step's randomness, on a GPU too, is a function of
+(seed, step, place of the micro-batch in it), the data's order one of (seed, epoch).
 """
 
 import math
@@ -33,13 +33,12 @@ from mixlora.files import (
 )
 from mixlora.layers.adapted_model import AdaptedModel
 from mixlora.metrics import tell
-from mixlora.optim import fresh_tensors, restore_state, state_tensors
+from mixlora.optim import fresh_tensors, state_from, state_tensors
 from mixlora.train_config import RunConfig
 from mixlora.whole_folder import discard, publish, sweep, verify
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
 FILES = (CONFIG_FILE, TENSOR_FILE, OPTIMIZER_FILE, STATE_FILE)
-GENERATOR = "random_generator"
 BESIDE_TENSORS = 1 << 16  # bytes of a checkpoint: headers, settings, manifest, folder
 
 
@@ -56,12 +55,11 @@ class Checkpoints:
         model: AdaptedModel,
         name: str,
         optimizer: torch.optim.Optimizer,
-        generator: torch.Generator,
         config: RunConfig,
     ) -> None:
         self.folder, self.config = folder, config
         self.model, self.name = model, name
-        self.optimizer, self.generator = optimizer, generator
+        self.optimizer = optimizer
         self.refused: set[Path] = set()
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
@@ -118,12 +116,12 @@ class Checkpoints:
     def rehearse(self) -> None:
         """Before the first step: an error unless there is room for all checkpoints that are to
         come, and one can be written and read back. Nothing is left."""
-        tensors = self._later_tensors() | self._tensors()
+        tensors = self._later_tensors()
         path = self.folder / ".rehearsal.0.tmp"  # a name that is swept
         try:
             make_folder(self.folder)
             sweep(self.folder)
-            self._require_room(tensors)
+            self._require_room()
             publish(path, lambda folder: self._write(folder, tensors, {}))
             try:
                 verify(path, FILES)
@@ -135,12 +133,11 @@ class Checkpoints:
 
     def _tensors(self) -> dict[str, Tensor]:
         """Of the optimizer's file. A parameter that never had a gradient has no moments yet."""
-        tensors = {
+        return {
             f"{key}.{moment}": x
             for key, parameter in trained_parameters(self.model, self.name).items()
             for moment, x in state_tensors(self.optimizer, parameter).items()
         }
-        return {**tensors, GENERATOR: self.generator.get_state()}
 
     def _later_tensors(self) -> dict[str, Tensor]:
         """The optimizer's once all parameters have had a gradient."""
@@ -189,17 +186,13 @@ class Checkpoints:
             for key, tensors in fresh.items()
             for moment, x in tensors.items()
         }
-        wanted[GENERATOR] = tuple(self.generator.get_state().shape)
         check_shapes(file.shapes, wanted, file.path)
-        try:
-            torch.Generator().set_state(file[GENERATOR])
-        except (RuntimeError, TypeError) as error:
-            raise InputError(f"{file.path}: {GENERATOR}: {error}") from None
-        read_tensors(self.model, path, self.name)
+        states = {}
         for key, parameter in parameters.items():
             tensors = {moment: file[f"{key}.{moment}"] for moment in fresh[key]}
-            restore_state(self.optimizer, parameter, tensors)
-        self.generator.set_state(file[GENERATOR])
+            states[parameter] = state_from(tensors, self.optimizer, parameter)
+        read_tensors(self.model, path, self.name)
+        self.optimizer.state.update(states)
 
     def _compare(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         file = TensorFile(path / OPTIMIZER_FILE)
@@ -225,15 +218,15 @@ class Checkpoints:
         self.refused.discard(path)
         tell(f"warning: {path} is not intact or of another training, and is now {aside.name}")
 
-    def _size(self, tensors: Mapping[str, Tensor]) -> int:
-        """Bytes of a checkpoint: the adapter, and what the optimizer knows of it."""
+    def _size(self) -> int:
+        """Bytes of a checkpoint: the adapter, and what the optimizer will know of it."""
         adapter = adapter_parameters(self.model, self.name).values()
-        return BESIDE_TENSORS + sum(x.nbytes for x in (*adapter, *tensors.values()))
+        return BESIDE_TENSORS + sum(x.nbytes for x in (*adapter, *self._later_tensors().values()))
 
-    def _require_room(self, tensors: Mapping[str, Tensor]) -> None:
+    def _require_room(self) -> None:
         there = [path for path in checkpoints(self.folder) if path not in self.refused]
         count = max(1, self.config.keep_last + self.config.keep_best + 1 - len(there))
-        needed, free = count * self._size(tensors), shutil.disk_usage(self.folder).free
+        needed, free = count * self._size(), shutil.disk_usage(self.folder).free
         if needed > free:
             raise InputError(
                 f"{self.folder}: {count} checkpoints (run.keep_last and run.keep_best and one in "
@@ -245,10 +238,9 @@ class Checkpoints:
             free = f"{shutil.disk_usage(self.folder).free}"
         except OSError:
             free = "an unknown number"
-        needed = self._size(self._later_tensors())
         return (
             f"checkpoint {path} cannot be written: {error.strerror or error}; it needs about "
-            f"{needed} bytes, {free} are free; earlier checkpoints are as they were"
+            f"{self._size()} bytes, {free} are free; earlier checkpoints are as they were"
         )
 
 

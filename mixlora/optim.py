@@ -86,9 +86,9 @@ def fresh_tensors(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> 
     return _tensors(fresh_state(optimizer, parameter))
 
 
-def restore_state(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, tensors: dict[str, Tensor]
-) -> None:
+def state_from(
+    tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer, parameter: nn.Parameter
+) -> dict[str, Any]:
     """The reverse of `state_tensors`; shapes and dtypes must be those of a fresh state."""
     state = fresh_state(optimizer, parameter)
     wanted = {key: x for key, x in state.items() if not key.startswith("qmap")}
@@ -103,20 +103,25 @@ def restore_state(
             raise InputError(f"optimizer: {key} must be {x.dtype} {list(x.shape)}, got {got}")
         else:
             state[key] = tensors[key].to(x.device)
-    optimizer.state[parameter] = state
+    return state
 
 
 def fresh_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    """The optimizer's own state of the parameter, if it has one, stays."""
     if isinstance(optimizer, torch.optim.AdamW):  # which counts on the CPU
         moments = (torch.zeros_like(parameter, requires_grad=False) for _ in range(2))
         return dict(
             zip(("step", "exp_avg", "exp_avg_sq"), (torch.zeros(()), *moments), strict=True)
         )
+    own = optimizer.state.pop(parameter, None)
     for g, group in enumerate(optimizer.param_groups):
         for i, other in enumerate(group["params"]):
             if other is parameter:
                 optimizer.init_state(group, parameter, g, i)
-    return dict(optimizer.state.pop(parameter))
+    fresh = dict(optimizer.state.pop(parameter))
+    if own is not None:
+        optimizer.state[parameter] = own
+    return fresh
 
 
 def lr_at(step: int, num_steps: int, config: OptimConfig) -> float:

@@ -328,6 +328,13 @@ char* new_memory(int64_t bytes) {
       nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
 }
 
+// A stack that is too small ends the process, and not in another's data.
+char* new_stacks(int64_t count) {
+  char* const memory = new_memory(count * kStackBytes);
+  for (int64_t i = 0; i < count; ++i) mprotect(memory + i * kStackBytes, kPageBytes, PROT_NONE);
+  return memory;
+}
+
 #if defined(ON_CPU_TSAN)
 constexpr int64_t kPlacesBytes = 4096;
 constexpr uint32_t kSeenBlocks = 2;  // of a launch: a fiber takes a millisecond
@@ -346,7 +353,7 @@ void wait_in_order(int place, uint32_t num_before, const Wait& wait) {
 
 // Blocks have no order: nothing is theirs that was another's before.
 void begin_block() {
-  stacks = new_memory(num_threads * kStackBytes);
+  stacks = new_stacks(num_threads);
   arena = new_memory(kArenaBytes);
   places = reinterpret_cast<int64_t*>(new_memory(kPlacesBytes));
   for (int i = 0; i < num_threads; ++i) {
@@ -366,7 +373,7 @@ void end_block() {
 #else
 void begin_block() {
   if (!stacks) {
-    stacks = new_memory(kMaxThreads * kStackBytes);
+    stacks = new_stacks(kMaxThreads);
     arena = new_memory(kArenaBytes);
   }
 #if defined(__SANITIZE_ADDRESS__)

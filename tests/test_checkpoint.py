@@ -183,18 +183,16 @@ def test_wrong_states(name: str, trained: Trained) -> None:
     assert STATE_FILE in error_of(trained.resume)
 
 
+def a_moment(tensors: dict[str, torch.Tensor]) -> str:
+    return next(key for key in tensors if key.endswith("exp_avg"))
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda x: x.pop("random_generator"), "missing: random_generator"),
-        (lambda x: x.update(random_generator=torch.ones(9)), "random_generator must be [5056]"),
-        (lambda x: x.update(random_generator=torch.ones(5056)), "random_generator: "),
-        (
-            lambda x: x.update(random_generator=torch.full((5056,), 255, dtype=torch.uint8)),
-            "random_generator: ",
-        ),
+        (lambda x: x.update({a_moment(x): torch.ones(9)}), "exp_avg must be "),
         (lambda x: x.update(more=torch.ones(1)), "unexpected: more"),
-        (lambda x: x.pop(next(key for key in x if key.endswith("exp_avg"))), "1 missing"),
+        (lambda x: x.pop(a_moment(x)), "1 missing"),
     ],
 )
 def test_wrong_optimizer_files(change, words: str, trained: Trained, tmp_path: Path) -> None:
@@ -298,7 +296,7 @@ def test_every_truncation_is_found(n: int, trained: Trained) -> None:
                 verify(folder, FILES)
             count += 1
         (folder / name).write_bytes(content)
-    assert count > 8000 // n
+    assert count > 3000 // n
     assert trained.resume() == 5
 
 
@@ -336,9 +334,8 @@ def test_the_rehearsal_leaves_nothing(trained: Trained, tmp_path: Path) -> None:
     trained.at(3).checkpoints.rehearse()
     assert trained.names() == []
     fresh = Trained(tmp_path)
-    before = fresh.generator.get_state()
     fresh.checkpoints.rehearse()  # before AdamW has any state
-    assert not fresh.optimizer.state and torch.equal(fresh.generator.get_state(), before)
+    assert not fresh.optimizer.state
 
 
 def test_no_room_for_the_checkpoints(tmp_path: Path, monkeypatch) -> None:

@@ -170,7 +170,7 @@ def test_files_may_not_grow(memory: Path) -> None:
     trained = Trained(memory)
     trained.save(1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(InputError, match="step-000002 cannot be written: File too large") as e:
             trained.save(2)

@@ -18,12 +18,12 @@ import train
 from benchmarks.worker import saved_bytes
 from mixlora.adapters import adapter_parameters, freeze_but, trained_parameters
 from mixlora.batches import joined
-from mixlora.checkpoint import save_checkpoint
+from mixlora.checkpoint import Checkpoints
 from mixlora.data import Sample, collate
 from mixlora.estimate import GIB, RESERVED, Estimate, Held, estimate, sizes_of
 from mixlora.layers.adapted_model import AdaptedModel
 from mixlora.optim import OptimConfig, make_optimizer
-from mixlora.train_config import AdapterRun, LoopConfig
+from mixlora.train_config import AdapterRun, LoopConfig, RunConfig
 from tests.tiny import FAMILIES
 
 SIZES = {
@@ -135,8 +135,8 @@ def measured(case: Case, folder: Path) -> Estimate:
         updated.step()
         state = [x for values in updated.state.values() for x in values.values()]
         optimizer += sum(x.nbytes for x in state)
-        generator = torch.Generator()
-        save_checkpoint(folder / run.name, 1, model, run.name, updated, generator, 1)
+        config = RunConfig(dir=str(folder))
+        Checkpoints(folder / run.name, model, run.name, updated, config).save(1, {})
         files = (folder / run.name).rglob("*.safetensors")
         written += sum(path.stat().st_size for path in files)
     adapters = sum(p.nbytes for run in runs for p in adapter_parameters(model, run.name).values())

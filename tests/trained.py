@@ -19,9 +19,8 @@ class Trained:
         add_filled(self.model, name, r=r, target_modules=["q_proj"])
         self.parameters = adapter_parameters(self.model, name)
         self.optimizer = torch.optim.AdamW(self.parameters.values())
-        self.generator = torch.Generator()
         config = RunConfig(**{"dir": str(folder), **run})
-        of_run = self.model, name, self.optimizer, self.generator, config
+        of_run = self.model, name, self.optimizer, config
         self.checkpoints = Checkpoints(folder / "checkpoints", *of_run)
 
     @property
@@ -42,7 +41,6 @@ class Trained:
                 key: torch.full_like(x if key != "step" else torch.zeros(()), step + more)
                 for key, more in MOMENTS.items()
             }
-        self.generator.manual_seed(step)
         return self
 
     def save(self, step: int, loss: float = 1.0) -> None:
@@ -56,8 +54,6 @@ class Trained:
             assert (x == step).all()
             for key, more in MOMENTS.items():
                 assert (self.optimizer.state[x][key] == step + more).all()
-        generator = torch.Generator().manual_seed(step)
-        assert torch.equal(self.generator.get_state(), generator.get_state())
         return step
 
     def names(self) -> list[str]:

@@ -176,7 +176,8 @@ __device__ Dropout<T> dropout_of(const Glu<T>& glu, const Visit& visit, int64_t 
     const auto factors = glu.mask.factors(visit.slot[h], quad);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      dropout.bits |= (factors.x[i] != 0 ? 1u : 0) << (h * kPer<T> + 4 * j + i);
+      const uint32_t is_kept = factors.x[i] != 0;
+      dropout.bits |= is_kept << (h * kPer<T> + 4 * j + i);
     }
   });
   return dropout;
