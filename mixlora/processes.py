@@ -219,7 +219,7 @@ def shard(model: AdaptedModel, device: torch.device) -> None:
 
 
 def announce(model: AdaptedModel, inputs: object) -> None:
-    if not getattr(model, "follows", False):
+    if not model.follows:
         anyone(True)
 
 

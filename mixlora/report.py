@@ -1,6 +1,7 @@
 """What is left of a run: a table of accuracies, the same as JSON with all that it depends on, and
 one picture."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -12,9 +13,43 @@ from pathlib import Path
 
 from mixlora.errors import InputError
 from mixlora.evaluation import TaskResult
+from mixlora.files import write_json
+from mixlora.tasks import data_file
+from mixlora.train_config import TrainConfig
 
 MAX_COLUMNS = 300  # of a picture over time; a long run's steps share them
 MAX_COUNTS = 10  # answers in a line of the table; a task of numbers has hundreds
+
+
+def report_run(config: TrainConfig, folder: Path, results: dict) -> None:
+    """The table on the screen, results.json, and the pictures. `results`: a model's by task; the
+    base is one of them."""
+    runs = config.runs()
+    order = ["base", *(run.name for run in runs)]
+    results = {name: results[name] for name in order if results.get(name)}
+    files = {task: data_file(run.data.dir, task) for run in runs for task in run.eval.tasks}
+    described = {
+        "protocol": runs[0].eval.protocol,
+        "batch_size": runs[0].eval.batch_size,
+        "dtype": config.model.dtype,
+        "seed": config.run.seed,
+        **provenance(files),
+        "results": {
+            name: {task: dataclasses.asdict(result) for task, result in by_task.items()}
+            for name, by_task in results.items()
+        },
+        "averages": {name: averages(by_task) for name, by_task in results.items()},
+    }
+    write_json(folder / "results.json", described)
+    shown = one_column(results)
+    if results:
+        print(accuracy_table(shown))
+    if config.run.plot:
+        metrics = {run.name: folder / run.name / "metrics.jsonl" for run in runs}
+        plot_run(folder / "summary.png", metrics, shown)
+        for path in metrics.values():
+            plot_routing(path.with_name("routing.png"), path)
+    print(f"the run is in {folder}")
 
 
 def accuracy_table(results: dict[str, dict[str, TaskResult]]) -> str:

@@ -245,6 +245,11 @@ CONFIGS: dict[str, Case] = {
     "unknown policy": override(
         "train.on_non_finite=ignore", "train.on_non_finite must be stop or skip, got 'ignore'"
     ),
+    "a quantised base in parts": (
+        nothing,
+        lambda place: place.train("model.shard=true", "model.quantize=int8"),
+        ("model", "shard must be false with quantize int8"),
+    ),
     "no config file": (
         lambda place: place.config.unlink(),
         Place.train,

@@ -16,7 +16,7 @@ import yaml
 from torch import nn
 
 import train
-from mixlora import processes
+from mixlora import processes, training
 from mixlora.checkpoint import checkpoints
 from mixlora.files import TensorFile
 from tests import several
@@ -223,7 +223,7 @@ def test_alone_all_is_as_it_was() -> None:
 
 def fail_in_the_second(kind: str, *arguments: str) -> int:
     """A run whose process 1 fails in its third step."""
-    set_lr = train.set_lr
+    set_lr = training.set_lr
 
     def fail(optimizer: torch.optim.Optimizer, lr: float) -> None:
         set_lr(optimizer, lr)
@@ -234,7 +234,7 @@ def fail_in_the_second(kind: str, *arguments: str) -> int:
             raise {"input": train.InputError, "bug": ZeroDivisionError}[kind]("it is\nthis")
 
     fail.calls = 0
-    train.set_lr = fail
+    training.set_lr = fail
     return train.main([*arguments])
 
 

@@ -36,6 +36,7 @@ class AdaptedModel(nn.Module):
         self.gradient_checkpointing = False  # one checkpoint per block, in training
         self.recompute_ffn = False  # one per feed-forward
         self.is_sharded = False  # a block's weights are gathered from all processes as it computes
+        self.follows = False  # it computes along with others (mixlora/processes.py)
         self.generators: dict[str, torch.Generator] = {}  # whence an adapter's dropout, by name
         self._context = ForwardContext(())
 
