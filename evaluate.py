@@ -17,6 +17,7 @@ from mixlora import processes
 from mixlora.errors import ArgumentParser, InputError, command
 from mixlora.evaluation import PROTOCOLS, Row, evaluate, load_questions
 from mixlora.files import write_bytes, write_json
+from mixlora.layers.quantized import KINDS
 from mixlora.report import accuracy_table, averages, provenance
 from mixlora.tasks import data_file
 from mixlora.tokenizer import Tokenizer
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", help="write the results here, as JSON")
     parser.add_argument("--rows", help="write every row's scores here, as JSON lines")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--quantize", choices=("none", *KINDS), default="none")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(argv)
     for name in ("batch_size", "max_rows"):
@@ -50,7 +52,8 @@ def main(argv: list[str]) -> int:
     tasks = options.tasks.split(",")
     questions = load_questions(options.protocol, options.data, tasks, options.max_rows)
     dtype = getattr(torch, options.dtype)
-    model = models.load(options.base, dtype, processes.device(options.device))
+    device = processes.device(options.device)
+    model = models.load(options.base, dtype, device, options.quantize)
     tokenizer = Tokenizer(model.folder, model.config.vocab_size)
     if options.adapter:
         mixlora.load_adapter(model, options.adapter)
@@ -61,7 +64,7 @@ def main(argv: list[str]) -> int:
         lines = [line(task, row) for task in rows for row in rows[task]]
         write_bytes(options.rows, ("\n".join(lines) + "\n").encode())
     if options.output and processes.is_first():
-        keys = ("protocol", "base", "adapter", "dtype", "batch_size")
+        keys = ("protocol", "base", "adapter", "dtype", "quantize", "batch_size")
         settings = {key: getattr(options, key) for key in keys}
         files = {task: data_file(options.data, task) for task in tasks}
         settings |= {"seed": None, **provenance(files)}  # nothing is drawn at random

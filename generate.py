@@ -13,6 +13,7 @@ import mixlora
 import models
 from mixlora.engine import Sampling, generate
 from mixlora.errors import ArgumentParser, InputError, command
+from mixlora.layers.quantized import KINDS
 from mixlora.templates import TEMPLATES, ChatTemplate, find_template
 from mixlora.tokenizer import Tokenizer
 
@@ -35,13 +36,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--quantize", choices=("none", *KINDS), default="none")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
     if bool(options.prompt) == bool(options.instruction):
         raise InputError("give either --prompt or --instruction")
     sampling = Sampling(options.temperature, options.top_p, options.seed)
 
-    model = models.load(options.base, getattr(torch, options.dtype), options.device)
+    dtype = getattr(torch, options.dtype)
+    model = models.load(options.base, dtype, options.device, options.quantize)
     tokenizer = Tokenizer(model.folder, model.config.vocab_size)
     prompts = [tokenizer.encode(text) for text in options.prompt]
     if options.instruction:

@@ -32,6 +32,7 @@ def report_run(config: TrainConfig, folder: Path, results: dict) -> None:
         "protocol": runs[0].eval.protocol,
         "batch_size": runs[0].eval.batch_size,
         "dtype": config.model.dtype,
+        "quantize": config.model.quantize,
         "seed": config.run.seed,
         **provenance(files),
         "results": {

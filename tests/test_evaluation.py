@@ -15,6 +15,7 @@ import models
 from mixlora import evaluation
 from mixlora.evaluation import (
     Row,
+    load_questions,
     score_labels,
     score_last_tokens,
     summarize,
@@ -265,6 +266,27 @@ def test_files_and_table_tell_the_same(
         assert line.endswith(f"{accuracy:.1f} ± {stderr:.1f}")
         histogram = " ".join(f"{label}:{n}" for label, n in result["predictions"].items())
         assert f"{task} {histogram}" in printed
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_base_is_scored(
+    kind: str, checkpoint: Path, task_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    scores = {}
+    for quantize in (kind, "none"):
+        rows = tmp_path / "rows.jsonl"
+        arguments = ["--base", str(checkpoint), "--data", str(task_folder), "--tasks", "arc-e"]
+        assert evaluate.main([*arguments, "--quantize", quantize, "--rows", str(rows)]) == 0
+        lines = map(json.loads, rows.read_text().splitlines())
+        scores[quantize] = torch.tensor([line["log_probs"] for line in lines])
+    model = models.load(checkpoint, quantize=kind)
+    tokenizer = Tokenizer(model.folder, model.config.vocab_size)
+    questions = load_questions("mixlora-fixed", task_folder, ["arc-e"])
+    _, rows = evaluation.evaluate(model, tokenizer, questions, 32)
+    expected = torch.tensor([row.log_probs for row in rows["arc-e"]])
+    torch.testing.assert_close(scores[kind], expected)
+    assert not torch.equal(scores[kind], scores["none"])
 
 
 def test_the_table_says_how_many_prompts_were_cut(

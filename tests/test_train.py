@@ -49,9 +49,9 @@ def test_a_run_leaves_what_it_says(settings: dict, tmp_path: Path, capsys) -> No
     written = json.loads((folder / "results.json").read_text())
     results = written["results"]
     assert results.keys() == written["averages"].keys() == {"base", "default"}
-    settled = {key: written[key] for key in ("protocol", "dtype", "seed", "batch_size")}
-    expected = {"protocol": "mixlora-fixed", "dtype": "float32", "seed": 0, "batch_size": 32}
-    assert settled == expected
+    settled = {key: written[key] for key in ("protocol", "dtype", "quantize", "seed")}
+    expected = {"protocol": "mixlora-fixed", "dtype": "float32", "quantize": "none", "seed": 0}
+    assert settled == expected and written["batch_size"] == 32
     assert written["data"].keys() == {"arc-e", "mine"}
     assert written["data"]["mine"]["num_rows"] == results["base"]["mine"]["num_rows"] == 6
     assert (folder / "summary.png").read_bytes().startswith(b"\x89PNG")
