@@ -30,7 +30,7 @@ from mixlora.adapters import adapter_parameters
 from mixlora.batches import alike, joined
 from mixlora.data import Batch, load_dataset
 from mixlora.errors import ArgumentParser, InputError, command
-from mixlora.estimate import estimate
+from mixlora.estimate import GIB, Estimate, estimate
 from mixlora.evaluation import evaluate, load_questions
 from mixlora.faults import memory_for_training
 from mixlora.layers.adapted_model import AdaptedModel
@@ -117,7 +117,7 @@ def train(argv: list[str], during: contextlib.ExitStack) -> int:
     failed = []
     stop = Stop(folder / "stop")
     with stop.listening():
-        for ended in fine_tune(model, waiting, config.run.together, stop):
+        for ended in fine_tune(model, waiting, config, stop):
             if ended.failure is None:
                 model.active_adapter = ended.name
                 rest = model, tokenizer, asked_of[ended.name], ended.run.eval
@@ -144,15 +144,20 @@ def score(model: AdaptedModel, tokenizer: Tokenizer, questions: dict, how: EvalC
 
 
 def fine_tune(
-    model: AdaptedModel, waiting: Iterator[AdapterTraining], together: int | None, stop: Stop
+    model: AdaptedModel, waiting: Iterator[AdapterTraining], config: TrainConfig, stop: Stop
 ) -> Iterator[AdapterTraining]:
-    """Train all that wait, so many at once (None = all), and give back each when it has ended.
+    """Train all that wait, `run.together` at once, and give back each when it has ended.
 
     The next micro-batches of several adapters go through the base model as one batch. When the run
     shall stop, each ends the step that it is in and is saved.
     """
     model.train()
+    together = config.run.together
     training = {adapter.name: adapter for adapter in itertools.islice(waiting, together)}
+
+    def state() -> str:
+        return "; ".join(adapter.state for adapter in training.values())
+
     while training:
         ended = [adapter for adapter in training.values() if adapter.has_ended]
         for adapter in ended:
@@ -168,7 +173,7 @@ def fine_tune(
             for adapter in training.values():
                 adapter.pause()
             return
-        with memory_for_training(lambda going=going: "; ".join(x.state for x in going.values())):
+        with memory_for_training(state, lambda: estimated(config)[1].peak / GIB):
             due = {name: adapter.next_batch() for name, adapter in going.items()}
             for batches in alike({name: batch for name, batch in due.items() if batch}):
                 forward_backward(model, going, batches)
@@ -209,6 +214,16 @@ def load_model(config: ModelConfig) -> AdaptedModel:
 
 
 def print_estimate(config: TrainConfig) -> None:
+    runs, found = estimated(config)
+    dtype, quantize = config.model.dtype, config.model.quantize
+    base = dtype if quantize == "none" else f"{quantize} ({dtype})"
+    for run in runs:
+        rows = run.train.micro_batch_size or run.train.batch_size
+        print(f"{run.name}: {rows} x {run.train.max_seq_len} tokens, {base} base")
+    print(found.table())
+
+
+def estimated(config: TrainConfig) -> tuple[list[AdapterRun], Estimate]:
     """Of a GPU's memory, unless the settings say cpu; of so many adapters as train together those
     that are largest."""
     dtype, quantize = getattr(torch, config.model.dtype), config.model.quantize
@@ -224,13 +239,8 @@ def print_estimate(config: TrainConfig) -> None:
     runs, later = runs[: config.run.together], runs[config.run.together or len(runs) :]
     for run in later:
         mixlora.remove_adapter(model, run.name)
-    base = config.model.dtype if quantize == "none" else f"{quantize} ({config.model.dtype})"
-    for run in runs:
-        train = run.train
-        rows = train.micro_batch_size or train.batch_size
-        print(f"{run.name}: {rows} x {train.max_seq_len} tokens, {base} base")
     device = "cuda" if config.model.device == "auto" else config.model.device
-    print(estimate(model, runs, device).table())
+    return runs, estimate(model, runs, device)
 
 
 if __name__ == "__main__":

@@ -57,16 +57,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def memory_for_training(state: Callable[[], str]) -> Iterator[None]:
-    """A failed allocation becomes one error, which says `state()`, and what would need less."""
+def memory_for_training(state: Callable[[], str], needed: Callable[[], float]) -> Iterator[None]:
+    """A failed allocation becomes one error, which says `state()`, how many GiB are `needed()`, and
+    what would need less."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        said = str(error).partition(" Of the allocated memory")[0].strip()
+        said = str(error).partition(" Of the allocated memory")[0].strip() or type(error).__name__
+        error.__traceback__ = None  # its frames hold what was being computed
         raise InputError(
-            f"out of memory ({said or type(error).__name__}) in {state()}. Less is needed with "
+            f"out of memory ({said}) in {state()}. By --estimate it takes up to {needed():.3f} GiB "
+            "without what kernels and libraries take for themselves. Less is needed with "
             "train.gradient_checkpointing=true or train.activation=recompute, with which --resume "
             "goes on to the same bits; or, with --allow-changes, with a smaller "
             "train.micro_batch_size or train.max_seq_len"

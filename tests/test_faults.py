@@ -247,6 +247,7 @@ def test_memory_that_fails_in_training(
         knobs = ("gradient_checkpointing=true", "activation=recompute", "micro_batch_size")
         assert all(f"train.{knob}" in told for knob in (*knobs, "max_seq_len"))
         per_step = 1 if place == "optimizer" else 2
+        assert "By --estimate it takes up to 0.00" in told
         saved = "none saved" if at <= per_step else "last checkpoint after step 1"
         assert f"in default, step {(at + per_step - 1) // per_step} with batches of [3, " in told
         assert saved in told
