@@ -57,7 +57,7 @@ def assert_same_runs(a: Path, b: Path, name: str = "default") -> None:
 
 
 class Whole:
-    """A run that never stopped: a step has three micro-batches, the last of an epoch is short."""
+    """A run that never stopped: a step has micro-batches, the last of an epoch is short."""
 
     def __init__(self, settings: dict, folder: Path, num_steps: int) -> None:
         settings["train"]["steps"] = num_steps
@@ -77,6 +77,9 @@ class Whole:
 def whole(request, checkpoint: Path, task_folder: Path, tmp_path_factory) -> Whole:
     folder = tmp_path_factory.mktemp("whole")
     settings = tiny_settings(checkpoint, task_folder, folder / "run")
+    if request.param == 60:
+        settings["data"]["packing"] = True
+        settings["train"]["micro_batch_size"] = 1  # row of several samples
     return Whole(settings, folder, request.param)
 
 
