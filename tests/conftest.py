@@ -3,6 +3,7 @@
 import io
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 import models
 from mixlora.files import write_json, write_tensors
+from tests.runs import tiny_settings
 
 WORDS = (
     "the cat sat on a mat and ten dogs ran far from big red hens who dug mud by old logs".split()
@@ -113,3 +115,18 @@ def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_rows(folder / "boolq" / f"{split}.jsonl", BOOLQ_ROWS)
     write_json(folder / "mine" / "task.json", {"like": "arc-e"})
     return folder
+
+
+@pytest.fixture
+def settings(checkpoint: Path, task_folder: Path, tmp_path: Path) -> dict:
+    return tiny_settings(checkpoint, task_folder, tmp_path / "run")
+
+
+@pytest.fixture
+def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs of train.py are in it."""
+    load = models.load
+    monkeypatch.setattr(models, "load", lambda base, *_: load(base).double())
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

@@ -23,12 +23,10 @@ from mixlora.files import TensorFile, write_json, write_tensors
 from mixlora.run_folder import open_run_folder
 from mixlora.train_config import LoopConfig, ModelConfig, RunConfig, TrainConfig
 from mixlora.whole_folder import MANIFEST, publish, verify
-from tests import test_train
-from tests.test_train import metrics, run
+from tests.runs import metrics, run
 from tests.trained import Trained, flip
 
 ROOT = Path(__file__).resolve().parents[1]
-settings = test_train.settings
 
 
 @pytest.fixture
@@ -485,7 +483,7 @@ def test_the_disk_is_full_before_the_first_step(
     settings: dict,
     tmp_path: Path,
     capsys,
-    monkeypatch,  # noqa: F811
+    monkeypatch,
 ) -> None:
     Usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: Usage(0, 0, 99))

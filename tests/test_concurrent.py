@@ -3,14 +3,12 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-import models
 import train
 from mixlora.adapters import adapter_parameters
 from mixlora.batches import alike, joined
@@ -18,7 +16,7 @@ from mixlora.data import Sample, collate
 from mixlora.errors import InputError
 from mixlora.layers.context import Span
 from mixlora.metrics import Progress
-from tests.test_train import assert_same_weights, metrics, weights
+from tests.runs import assert_same_weights, metrics, weights
 from tests.tiny import FAMILIES, add_filled, some_tokens, tiny_model
 
 METHODS = {
@@ -91,15 +89,6 @@ def assert_near(a: Path, b: Path, name: str, bound: float) -> None:
     for one, other in zip(metrics(a, name), metrics(b, name), strict=True):
         assert one["step"] == other["step"] and one["lr"] == other["lr"]
         assert one["loss"] == pytest.approx(other["loss"], rel=bound)
-
-
-@pytest.fixture
-def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    load = models.load
-    monkeypatch.setattr(train.models, "load", lambda base, *_: load(base).double())
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def test_together_is_one_after_the_other(settings: dict, tmp_path: Path, float64: None) -> None:

@@ -22,12 +22,10 @@ import pytest
 import train
 from mixlora.errors import InputError
 from mixlora.metrics import MetricsLog
-from tests import test_train
-from tests.test_train import assert_same_weights, metrics, run, weights
+from tests.runs import assert_same_weights, metrics, run, weights
 from tests.trained import Trained
 
 ROOT = Path(__file__).resolve().parents[1]
-settings = test_train.settings
 slow = pytest.mark.slow
 
 

@@ -27,16 +27,11 @@ from mixlora.files import TensorFile, write_tensors
 from mixlora.layers.adapted_model import AdaptedModel
 from mixlora.tokenizer import Tokenizer
 from tests.conftest import write_rows
-from tests.runs import LORA, MIXLORA, assert_same_weights, metrics, run, tiny_settings, weights
+from tests.runs import LORA, MIXLORA, assert_same_weights, metrics, run, weights
 from tests.tiny import padded, tiny_model
 
 SLOW = pytest.mark.slow
 MILORA = {"routing_strategy": "milora", "r": 2, "top_k": 7, "lora_dropout": 0.1}
-
-
-@pytest.fixture
-def settings(checkpoint: Path, task_folder: Path, tmp_path: Path) -> dict:
-    return tiny_settings(checkpoint, task_folder, tmp_path / "run")
 
 
 # --- numbers that are not finite ------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,14 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import models
-import train
 from mixlora.batches import joined
 from mixlora.data import Batch, PackedRow, Sample, collate
 from mixlora.layers.context import Span, before_labels
 from mixlora.packing import packed
+from tests.runs import assert_same_weights, metrics, run, weights
 from tests.test_concurrent import METHODS, assert_near
-from tests.test_train import assert_same_weights, metrics, run, settings, weights  # noqa: F401
 from tests.tiny import FAMILIES, MIXLORA, SIZES, add_filled, tiny_model
 
 LENGTHS = [9, 30, 1, 17, 5, 22, 2, 12]
@@ -192,15 +189,6 @@ def test_packed_and_padded_rows_in_one_batch() -> None:
             assert torch.equal(a.count_E, b.count_E)
 
 
-@pytest.fixture
-def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    load = models.load
-    monkeypatch.setattr(train.models, "load", lambda base, *_: load(base).double())
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 STEADY = {"lora_dropout": 0.0, "ffn_dropout": 0.0, "jitter_noise": 0.0}  # drawn by place
 RUNS = {**METHODS, "milora": {"routing_strategy": "milora", "r": 4, "top_k": 2}}
 RUNS["switch"] = {**METHODS["switch"], "jitter_noise": 0.0}
@@ -214,7 +202,7 @@ SLOW = [(name, "answer") for name in ("mola", "dora", "switch", "mixdora")]
 def test_a_packed_run_is_the_unpacked_one(
     name: str,
     loss_on: str,
-    settings: dict,  # noqa: F811
+    settings: dict,
     tmp_path: Path,
     float64: None,
 ) -> None:
@@ -238,7 +226,7 @@ def test_a_packed_run_is_the_unpacked_one(
 
 @pytest.mark.slow
 def test_packed_adapters_together_are_as_alone(
-    settings: dict,  # noqa: F811
+    settings: dict,
     tmp_path: Path,
     float64: None,
 ) -> None:
@@ -258,7 +246,7 @@ def test_packed_adapters_together_are_as_alone(
         assert_near(*folders, entry["name"], 1e-10)
 
 
-def test_a_packed_run_resumes_exactly(settings: dict, tmp_path: Path) -> None:  # noqa: F811
+def test_a_packed_run_resumes_exactly(settings: dict, tmp_path: Path) -> None:
     """With dropout, and micro-batches of 2 rows."""
     settings["data"]["packing"] = True
     settings["train"]["micro_batch_size"] = 2

@@ -21,11 +21,6 @@ from tests.runs import LORA, MIXLORA, assert_same_weights, metrics, run, tiny_se
 EVERY_STEP = {"save_every_steps": 1, "keep_last": 100}
 
 
-@pytest.fixture
-def settings(checkpoint: Path, task_folder: Path, tmp_path: Path) -> dict:
-    return tiny_settings(checkpoint, task_folder, tmp_path / "run")
-
-
 @pytest.fixture(autouse=True)
 def heard() -> Iterator[None]:
     """No signal is ignored, as it is where the tests run in the background."""

@@ -23,14 +23,8 @@ from tests.runs import (
     assert_same_weights,
     metrics,
     run,
-    tiny_settings,
     weights,
 )
-
-
-@pytest.fixture
-def settings(checkpoint: Path, task_folder: Path, tmp_path: Path) -> dict:
-    return tiny_settings(checkpoint, task_folder, tmp_path / "run")
 
 
 def test_a_run_leaves_what_it_says(settings: dict, tmp_path: Path, capsys) -> None:

@@ -14,13 +14,14 @@ import yaml
 
 import train
 from mixlora import watch
+from mixlora.checkpoint import Checkpoints
 from mixlora.files import read_json, write_json
 from mixlora.layers.context import ForwardContext, Sequences, Span
 from mixlora.layers.router import SwitchRouter
 from mixlora.metrics import WINDOW, MetricsLog, dead_experts, routing_metrics, scalars
 from mixlora.report import plot_routing
 from mixlora.status import Status
-from tests.test_train import run, settings  # noqa: F401
+from tests.runs import run
 
 SWITCH = {"routing_strategy": "mixlora-switch", "num_experts": 4, "expert_capacity": 5}
 STEP = {"of": 10, "loss": 0.5, "tokens_per_second": 100.0}
@@ -94,7 +95,7 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_a_run_from_its_folder(
-    settings: dict,  # noqa: F811
+    settings: dict,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
@@ -112,7 +113,7 @@ def test_a_run_from_its_folder(
 
 @pytest.mark.slow
 def test_a_profile_and_pictures(
-    settings: dict,  # noqa: F811
+    settings: dict,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
@@ -132,7 +133,7 @@ def test_a_profile_and_pictures(
 
 
 def test_a_run_that_fails_says_so(
-    settings: dict,  # noqa: F811
+    settings: dict,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -140,7 +141,7 @@ def test_a_run_that_fails_says_so(
     def fails(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(train.Checkpoints, "save", fails)
+    monkeypatch.setattr(Checkpoints, "save", fails)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
     assert train.main(["--config", str(tmp_path / "c.yaml")]) == 2
     out = look(capsys, Path(settings["run"]["dir"]))
@@ -203,7 +204,7 @@ def test_numbers_for_tensorboard() -> None:
 
 
 def test_tensorboard_is_asked_for_where_it_is_absent(
-    settings: dict,  # noqa: F811
+    settings: dict,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
