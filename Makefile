@@ -41,7 +41,7 @@ demo: kernels ## MixLoRA and LoRA on four small tasks, from a tiny pretrained mo
 test: kernels ## run the tests; PYTEST_ADDOPTS adds options
 	@$(PY) tools/ensure.py test
 	@$(PY) -m tests.cuda_on_cpu
-	$(PY) -m pytest
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n logical --dist loadfile
 
 sanitize: env ## run the kernels under the sanitizers of memory, undefined behaviour and threads
 	@$(PY) tools/ensure.py build run test

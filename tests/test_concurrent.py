@@ -109,6 +109,7 @@ def test_together_is_one_after_the_other_but_for_rounding(settings: dict, tmp_pa
         assert_near(both, alone, name, 1e-3)
 
 
+@pytest.mark.slow
 def test_one_after_the_other_is_alone_to_the_bit(settings: dict, tmp_path: Path) -> None:
     in_turn = run(settings, tmp_path / "in_turn", together=1)
     for entry in RUNS[:2]:
@@ -136,6 +137,7 @@ def test_a_place_that_is_free_is_taken(settings: dict, tmp_path: Path, monkeypat
     assert seen == [["a", "b"], ["b", "c"], ["b", "d"], ["d"]]
 
 
+@pytest.mark.slow
 def test_each_is_scored_and_shown_in_order(settings: dict, tmp_path: Path, capsys) -> None:
     settings |= {"eval": {"tasks": ["arc-e"]}, "adapters": RUNS[:3]}
     settings["adapters"][2] = {**RUNS[2], "eval": {"tasks": ["boolq"]}}

@@ -37,7 +37,7 @@ def memory() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(1000, marks=slow)])
+@pytest.mark.parametrize("count", [6, pytest.param(1000, marks=slow)])
 def test_kill_9_at_random_moments(count: int, memory: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.crash_server", str(memory), str(count), "0"],

@@ -87,24 +87,24 @@ def assert_same(one: Path, other: Path, name: str = "default") -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, world_size, shard",
+    "kind, world_size, shard, num_steps",
     [
-        pytest.param("mixlora", 2, True),
+        ("mixlora", 2, True, 5),
         *(
-            pytest.param(kind, world_size, shard, marks=pytest.mark.slow)
+            pytest.param(kind, world_size, shard, 20, marks=pytest.mark.slow)
             for kind in ADAPTERS
             for world_size in (2, 4)
             for shard in (False, True)
-            if (kind, world_size, shard) != ("mixlora", 2, True)
         ),
     ],
 )
 def test_as_in_one_process(
-    settings: dict, tmp_path: Path, kind: str, world_size: int, shard: bool
+    settings: dict, tmp_path: Path, kind: str, world_size: int, shard: bool, num_steps: int
 ) -> None:
     """Losses, gradients, routing, weights and accuracies; with 4 processes two have no row of each
     fourth step. Evaluation differs in its number of forwards from process to process."""
     settings["adapter"] = ADAPTERS[kind]
+    settings["train"]["steps"] = num_steps
     settings["eval"] = {"tasks": ["arc-e"], "batch_size": 2, "max_rows": 5}
     one = run(1, settings, tmp_path)
     settings["run"]["dir"] = str(tmp_path / "several")

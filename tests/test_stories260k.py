@@ -29,7 +29,7 @@ def reference() -> str:
     return block.partition("-t 0.0\n")[2].removesuffix("\n")
 
 
-@pytest.mark.parametrize("prompt", ["", "Once upon a time"])
+@pytest.mark.parametrize("prompt", ["", pytest.param("Once upon a time", marks=pytest.mark.slow)])
 def test_greedy_text(prompt: str) -> None:
     model, tokenizer = base()
     tokens = tokenizer.encode(prompt)
@@ -45,7 +45,7 @@ def test_greedy_text_in_a_batch() -> None:
         assert tokenizer.decode((prompt + tokens)[: NUM_STEPS + 1]) == reference()
 
 
-@pytest.mark.parametrize("prompt", ["", "Once upon a time"])
+@pytest.mark.parametrize("prompt", [pytest.param("", marks=pytest.mark.slow), "Once upon a time"])
 def test_command(prompt: str, capsys) -> None:
     num_new = NUM_STEPS + 1 - len(base()[1].encode(prompt))
     arguments = ["--base", str(BASE), "--prompt", prompt, "--max-new-tokens", str(num_new)]
