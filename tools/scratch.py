@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ISA_FLAGS = {"default": "", "avx2": "-mavx2 -mfma -mf16c"}  # setup.py's
-COPIED = "benchmarks csrc mixlora models tests setup.py pyproject.toml README.md".split()
+COPIED = "benchmarks csrc mixlora models tests setup.py train.py pyproject.toml README.md".split()
 
 
 def files(folder: Path) -> set[Path]:
