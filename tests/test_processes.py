@@ -15,11 +15,14 @@ import torch
 import yaml
 from torch import nn
 
+import mixlora
+import models
 import train
 from mixlora import processes, training
 from mixlora.checkpoint import checkpoints
 from mixlora.files import TensorFile
 from tests import several
+from tests.tiny import add_filled
 
 ROOT = Path(__file__).resolve().parents[1]
 ADAPTERS = {
@@ -113,6 +116,50 @@ def test_as_in_one_process(
     assert_same(one, other)
     results = [json.loads((x / "results.json").read_text())["results"] for x in (one, other)]
     assert results[0] == results[1]
+
+
+def first_gradients(
+    settings: dict, tmp_path: Path, micro_batch_size: int, world_size: int
+) -> dict[str, torch.Tensor]:
+    """Of 8 rows, of an adapter whose every tensor has one: AdamW's first moments, times ten."""
+    filled = tmp_path / "filled"
+    if not filled.exists():
+        model = models.load(settings["model"]["base"])
+        add_filled(model, "default", **settings["adapter"])
+        mixlora.save_adapter(model, filled)
+    settings["optim"]["max_grad_norm"] = 0.0
+    settings["train"] |= {"steps": 1, "batch_size": 8, "start_from": str(filled)}
+    settings["train"]["micro_batch_size"] = micro_batch_size
+    settings["run"]["dir"] = str(tmp_path / f"{micro_batch_size} of {world_size}")
+    folder = run(world_size, settings, tmp_path)
+    assert metrics(folder)[0]["lr"] == settings["optim"]["lr"] / 2
+    file = TensorFile(folder / "default/checkpoints/step-000001/optimizer.safetensors")
+    found = {key: 10 * file[key] for key in file.shapes if key.endswith("exp_avg")}
+    assert found and all(x.abs().max() > 0 for x in found.values())
+    return found
+
+
+def assert_same_gradients(one: dict, other: dict, bound: float) -> None:
+    assert one.keys() == other.keys()
+    for key, x in one.items():
+        assert (other[key] - x).abs().max() <= bound * max(1.0, x.abs().max()), key
+
+
+@pytest.mark.parametrize("kind", ["lora", "mixlora"])
+def test_a_steps_gradient_does_not_depend_on_micro_batches(
+    settings: dict, tmp_path: Path, float64: None, kind: str
+) -> None:
+    """In float64: of 8 rows at once, or one after the other. A router loss is a micro-batch's."""
+    settings["adapter"] = {**ADAPTERS[kind], "lora_dropout": 0.0}
+    if kind == "mixlora":
+        settings["adapter"]["router_aux_loss_coef"] = 0.0
+    whole, rows = (first_gradients(settings, tmp_path, size, 1) for size in (8, 1))
+    assert_same_gradients(whole, rows, 1e-9)
+
+
+def test_a_steps_gradient_does_not_depend_on_processes(settings: dict, tmp_path: Path) -> None:
+    one, two = (first_gradients(settings, tmp_path, 1, size) for size in (1, 2))
+    assert_same_gradients(one, two, 1e-6)
 
 
 @pytest.mark.slow
