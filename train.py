@@ -30,7 +30,7 @@ from mixlora.adapters import adapter_parameters
 from mixlora.batches import alike, joined
 from mixlora.data import Batch, load_dataset
 from mixlora.errors import ArgumentParser, InputError, command
-from mixlora.estimate import GIB, Estimate, estimate
+from mixlora.estimate import GIB, Estimate, estimate, rows_of
 from mixlora.evaluation import evaluate, load_questions
 from mixlora.faults import memory_for_training
 from mixlora.layers.adapted_model import AdaptedModel
@@ -218,8 +218,7 @@ def print_estimate(config: TrainConfig) -> None:
     dtype, quantize = config.model.dtype, config.model.quantize
     base = dtype if quantize == "none" else f"{quantize} ({dtype})"
     for run in runs:
-        rows = run.train.micro_batch_size or run.train.batch_size
-        print(f"{run.name}: {rows} x {run.train.max_seq_len} tokens, {base} base")
+        print(f"{run.name}: {rows_of(run)} x {run.train.max_seq_len} tokens, {base} base")
     print(found.table())
 
 
