@@ -38,6 +38,7 @@ ISA_FLAGS = {"default": ""}
 if os.uname().machine == "x86_64":
     ISA_FLAGS["avx2"] = "-mavx2 -mfma -mf16c"
     ISA_FLAGS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
+    ISA_FLAGS["avx512_bf16"] = ISA_FLAGS["avx512"] + " -mavx512bf16"
 if only := os.environ.get("MIXLORA_ONLY_ISA"):
     if only not in ISA_FLAGS:
         sys.exit(f"setup.py: MIXLORA_ONLY_ISA must be one of {', '.join(ISA_FLAGS)}, got {only}")

@@ -22,7 +22,7 @@ int chosen_isa();
 #if !defined(MIXLORA_ONLY_ISA)
 
 namespace mixlora {
-inline constexpr const char* kIsaNames[] = {"default", "avx2", "avx512"};
+inline constexpr const char* kIsaNames[] = {"default", "avx2", "avx512", "avx512_bf16"};
 }
 
 #define DECLARE_CPU_KERNEL(result, name, ...) \
@@ -34,13 +34,16 @@ inline constexpr const char* kIsaNames[] = {"default", "avx2", "avx512"};
   }                                           \
   namespace cpu_avx512 {                      \
   result name(__VA_ARGS__);                   \
+  }                                           \
+  namespace cpu_avx512_bf16 {                 \
+  result name(__VA_ARGS__);                   \
   }
 
-#define CPU_KERNEL(name)                                         \
-  [] {                                                           \
-    constexpr decltype(&cpu_default::name) variants[] = {        \
-        &cpu_default::name, &cpu_avx2::name, &cpu_avx512::name}; \
-    return variants[mixlora::chosen_isa()];                      \
+#define CPU_KERNEL(name)                                                                 \
+  [] {                                                                                   \
+    constexpr decltype(&cpu_default::name) variants[] = {                                \
+        &cpu_default::name, &cpu_avx2::name, &cpu_avx512::name, &cpu_avx512_bf16::name}; \
+    return variants[mixlora::chosen_isa()];                                              \
   }()
 
 #else

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 // As in torch/csrc/stable/c/shim.h.
@@ -16,13 +17,20 @@ extern "C" int32_t torch_parallel_for(int64_t begin,
 
 namespace mixlora {
 
-// Calls body(i) once for each i in [0, count). The body must not throw.
+// Calls body(i) once for each i in [0, count), each of the threads the next that is left: they are
+// seldom equally fast. The body must not throw.
 template <class Body>
 void parallel_for(int64_t count, const Body& body) {
-  auto run = [](int64_t begin, int64_t end, void* context) {
-    for (int64_t i = begin; i < end; ++i) (*static_cast<const Body*>(context))(i);
+  struct Work {
+    const Body& body;
+    const int64_t count;
+    std::atomic<int64_t> next{0};
+  } work{body, count};
+  auto run = [](int64_t, int64_t, void* context) {
+    Work& work = *static_cast<Work*>(context);
+    for (int64_t i; (i = work.next++) < work.count;) work.body(i);
   };
-  torch_parallel_for(0, count, 1, run, const_cast<Body*>(&body));
+  torch_parallel_for(0, count, 1, run, &work);
 }
 
 // Calls body(begin, end) for each chunk of `size` items of [0, count); the last may be shorter.

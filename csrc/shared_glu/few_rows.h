@@ -53,7 +53,7 @@ class FewRowsGlu {
       const Vec<S> weight = splat(static_cast<const S*>(p.weight_TK)[slot]);
       for (int64_t j = 0; j < kFewColumns; j += kWidth<S>) {
         Vec<S> value, slope;
-        activate<kAct>(load(gate + j), value, slope);
+        activate<kAct, S>(load(gate + j), value, slope);
         value *= load(up + j);
         store(gate + j, value);
         store(hbar + j, load(hbar + j) + weight * value);

@@ -1,12 +1,11 @@
-// What shared_glu's forward and backward share: the order in which rows are computed, the products
-// of small matrices, and gate_k and up_k of a tile of rows. S is float or double, in which all is
-// computed.
+// What shared_glu's forward and backward share: the order in which rows are computed, the factors
+// of their products, and gate_k and up_k of a few rows. T is the type of gate and up, S that of all
+// sums, P that of factors (common/factors.h).
 //
 // A row is a slot with an expert. Rows are cut three times, by sizes alone: into blocks of tokens,
-// whose sums over experts stay in the level-2 cache; within a block by expert, into tiles; and
-// along F into chunks, so that a tile and its expert's matrices stay in the level-1 cache. Ranks
-// are cut into blocks of kRanks. What is cut is padded with zeros: ranks, the last chunk, and an
-// expert's rows in a block, to a multiple of kStepRows. So all sizes of a product are constants.
+// whose sums over experts stay in the level-2 cache; within a block by expert, into tiles; and a
+// tile into steps of kRows rows, whose products stay in registers. F is cut into chunks, so that a
+// step and its expert's factors stay near. An expert's rows in a block are padded to whole steps.
 #pragma once
 
 #include <algorithm>
@@ -14,18 +13,25 @@
 
 #include "common/activation.h"
 #include "common/buffer.h"
-#include "common/low_rank.h"
+#include "common/factors.h"
 #include "common/parallel.h"
 #include "common/philox.h"
 #include "shared_glu/shared_glu.h"
 
 namespace mixlora::MIXLORA_ISA {
 
-inline constexpr int kColumns = 256;  // of a chunk
-inline constexpr int kTileRows = 8;
+inline constexpr int kRows = kVectorBytes == 64 ? 8 : 4;         // of a step
+inline constexpr int kStepVectors = kVectorBytes == 64 ? 1 : 2;  // of its products in registers
+inline constexpr int64_t kMostColumns = 256;                     // of a chunk
+// Of a chunk's rows in memory: where it was a power of two they would share few sets of a cache.
+inline constexpr int64_t kStride = kMostColumns + 32;
 inline constexpr int64_t kBlockTokens = 256;
-inline constexpr int kStepRows = kVectorBytes == 64 ? 8 : 4;  // of a product, in registers
-static_assert(kColumns % kChain == 0 && kTileRows % kStepRows == 0);
+
+struct Row {
+  int32_t slot;            // t * K + k, or -1 for padding
+  int32_t place;           // its token's in the block; behind all for padding
+  bool is_first, is_last;  // of its token's
+};
 
 struct Tile {
   int64_t expert, begin, end;  // rows
@@ -38,328 +44,428 @@ struct Block {
 };
 
 struct Rows {
-  std::vector<int32_t> slot_N;   // t * K + k, or -1 for padding
-  std::vector<int32_t> place_N;  // its token's place in the block, or, for padding, one behind all
+  std::vector<Row> all;
   std::vector<Block> blocks;
   std::vector<bool> is_used_E;
+  std::vector<int64_t> idle_tokens;  // without an expert
 };
 
 // Tokens are taken in token_order_T, which brings a block few experts with many rows each.
-inline Rows rows_of(const SharedGluParams& p) {
+inline Rows rows_of(const SharedGluParams& p, int64_t tile_rows) {
   Rows rows;
   rows.is_used_E.resize(p.experts);
-  std::vector<std::vector<int32_t>> slots_E(p.experts), places_E(p.experts);
+  std::vector<std::vector<Row>> rows_E(p.experts);
   for (int64_t first = 0; first < p.tokens; first += kBlockTokens) {
     Block block{.first_token = first, .tokens = std::min(kBlockTokens, p.tokens - first)};
-    block.begin = rows.slot_N.size();
-    for (int64_t place = 0; place < block.tokens; ++place) {
-      for (int64_t k = 0; k < p.slots; ++k) {
-        const int64_t slot = p.token_order_T[first + place] * p.slots + k;
+    std::vector<int64_t> left(block.tokens), seen(block.tokens);
+    for (int32_t place = 0; place < block.tokens; ++place) {
+      const int64_t t = p.token_order_T[first + place];
+      for (int32_t slot = t * p.slots; slot < (t + 1) * p.slots; ++slot) {
         if (p.expert_TK[slot] < 0) continue;
-        slots_E[p.expert_TK[slot]].push_back(slot);
-        places_E[p.expert_TK[slot]].push_back(place);
+        rows_E[p.expert_TK[slot]].push_back({.slot = slot, .place = place});
+        ++left[place];
       }
+      if (left[place] == 0) rows.idle_tokens.push_back(t);
     }
+    block.begin = rows.all.size();
     for (int64_t e = 0; e < p.experts; ++e) {
-      if (slots_E[e].empty()) continue;
+      if (rows_E[e].empty()) continue;
       rows.is_used_E[e] = true;
-      const int64_t padded = round_up(slots_E[e].size(), kStepRows);
-      slots_E[e].resize(padded, -1);
-      places_E[e].resize(padded, block.tokens);
-      const int64_t begin = rows.slot_N.size(), end = begin + padded;
-      rows.slot_N.insert(rows.slot_N.end(), slots_E[e].begin(), slots_E[e].end());
-      rows.place_N.insert(rows.place_N.end(), places_E[e].begin(), places_E[e].end());
-      for (int64_t i = begin; i < end; i += kTileRows) {
-        block.tiles.push_back({e, i, std::min(end, i + kTileRows)});
+      for (Row& row : rows_E[e]) {
+        row.is_first = seen[row.place]++ == 0;
+        row.is_last = --left[row.place] == 0;
       }
-      slots_E[e].clear();
-      places_E[e].clear();
+      const Row padding{.slot = -1, .place = static_cast<int32_t>(block.tokens), .is_first = true};
+      rows_E[e].resize(round_up(rows_E[e].size(), kRows), padding);
+      const int64_t begin = rows.all.size(), end = begin + rows_E[e].size();
+      rows.all.insert(rows.all.end(), rows_E[e].begin(), rows_E[e].end());
+      for (int64_t i = begin; i < end; i += tile_rows) {
+        block.tiles.push_back({e, i, std::min(end, i + tile_rows)});
+      }
+      rows_E[e].clear();
     }
-    block.end = rows.slot_N.size();
+    block.end = rows.all.size();
     rows.blocks.push_back(std::move(block));
   }
   return rows;
 }
 
-// y[m][i] = from(m)[i] + sum_j c(m, j) a[j][i] for m < M, i < kI and j < steps * kTerms, with
-// c(m, j) = c[m * kRow + j * kTerm]; M is a multiple of kStepRows.
-template <int kRow, int kTerm, int kTerms, int kI, class S, class From>
-INLINE void add_product(const S* c, const S* a, int64_t M, int64_t steps, const From& from, S* y) {
-  constexpr int kW = kWidth<S>, kVectors = kI % (2 * kW) == 0 ? 2 : 1;
-  for (int64_t m0 = 0; m0 < M; m0 += kStepRows) {
-    for (int64_t i = 0; i < kI; i += kVectors * kW) {
-      Vec<S> sum[kStepRows][kVectors] = {};
-      const S *c_j = c + m0 * kRow, *a_j = a + i;
-      for (int64_t step = 0; step < steps; ++step) {
-#pragma GCC unroll 16
-        for (int j = 0; j < kTerms; ++j) {
-          Vec<S> terms[kVectors];
-          for (int v = 0; v < kVectors; ++v) terms[v] = load(a_j + j * kI + v * kW);
-          for (int m = 0; m < kStepRows; ++m) {
-            const Vec<S> factor = splat(c_j[m * kRow + j * kTerm]);
-            for (int v = 0; v < kVectors; ++v) sum[m][v] = factor * terms[v] + sum[m][v];
+// One of the two projections that enter the activation; null is what is not there.
+template <class T, class P>
+struct Side {
+  using S = Wide<T>;
+  const T* base_TF;
+  Buffer<P> a, b;              // s a of every row by rank, B by rank
+  Buffer<S> scale_EF, bias_F;  // of padded rows
+};
+
+// gate_k or up_k of a step.
+template <class T>
+struct SideRows {
+  using S = Wide<T>;
+  const T* base[kRows];
+  const S *scale, *bias;
+
+  // `product` is s B a; `before` becomes what DoRA scales.
+  INLINE Vec<S> at(int m, int64_t f, Vec<S> product, Vec<S>& before) const {
+    before = load(base[m] + f) + product;
+    if (scale == nullptr) return before;
+    if (bias == nullptr) return load(scale + f) * before;
+    before -= load(bias + f);
+    return load(scale + f) * before + load(bias + f);
+  }
+};
+
+// kCount products of a step: c [J, kRows] with a [.., J, kWidth], vectors of features.
+template <class P, int kCount>
+struct Products {
+  const P *c[kCount], *a[kCount];
+  int64_t J;
+
+  // y[v][i] is of product i and the features from f + v * kWidth on.
+  template <class V>
+  INLINE void at(int64_t f, V (&y)[kStepVectors][kCount][kRows]) const {
+    constexpr int64_t kW = kWidth<Wide<Kept<P>>>;
+    constexpr int kTogether = kStepVectors == 1 ? kCount : 1;  // what registers hold
+    for (int i0 = 0; i0 < kCount; i0 += kTogether) {
+      V sum[kStepVectors][kTogether][kRows] = {};
+      const P* a_f[kTogether];
+      for (int i = 0; i < kTogether; ++i) a_f[i] = a[i0 + i] + f * J;
+#pragma GCC unroll 2
+      for (int64_t j = 0; j < J; ++j) {
+        for (int i = 0; i < kTogether; ++i) {
+          for (int v = 0; v < kStepVectors; ++v) {
+            auto a_j = load_factors(a_f[i] + (v * J + j) * kW);
+            in_register(a_j);
+            for (int m = 0; m < kRows; ++m) {
+              sum[v][i][m] = add_product(c[i0 + i] + j * kRows + m, a_j, sum[v][i][m]);
+            }
           }
         }
-        c_j += kTerms * kTerm;
-        a_j += kTerms * kI;
       }
-      for (int m = 0; m < kStepRows; ++m) {
-        for (int v = 0; v < kVectors; ++v) {
-          const int64_t at = i + v * kW;
-          store(y + (m0 + m) * kI + at, load(from(m0 + m) + at) + sum[m][v]);
+      for (int v = 0; v < kStepVectors; ++v) {
+        for (int i = 0; i < kTogether; ++i) {
+          for (int m = 0; m < kRows; ++m) y[v][i0 + i][m] = sum[v][i][m];
         }
       }
     }
   }
-}
+};
 
 // Rows that are soon read: they lie on pages of their own, where no prefetcher of the processor
 // foresees them. Their lines are fetched one by one beside the arithmetic, since many at once would
 // make it wait.
-template <size_t kTensors>
+template <class T, int kTensors>
 struct Ahead {
-  const char* rows[kTensors];
-  int64_t bytes;  // of an element
+  const T* rows[kTensors][kRows];
 
-  INLINE void fetch(int64_t column) const {
-    for (const char* row : rows) __builtin_prefetch(row + column * bytes);
+  INLINE void fetch(int64_t f) const {
+    if (f * sizeof(T) % 64 != 0) return;
+    for (const auto& tensor : rows) {
+      for (const T* row : tensor) __builtin_prefetch(row + f);
+    }
   }
 };
 
-// One of the two projections that enter the activation.
-template <class S>
-struct Side {
-  const void* base_TF;
-  Buffer<S> a_NR;  // times s; null: no adapter
-  Buffer<S> b_ERF;
-  const S *scale_EF, *bias_F;  // null: no DoRA, no bias
+// A sum over a token's rows: the first of them begins it, the last hands it out.
+template <class T>
+struct TokenSum {
+  using S = Wide<T>;
+  const S* old;
+  S* sum;
+  T* out;  // null but for the last row
+
+  INLINE void add(int64_t f, Vec<S> x) const {
+    const Vec<S> total = load(old + f) + x;
+    if (out == nullptr) {
+      store(sum + f, total);
+    } else {
+      store(out + f, total);
+    }
+  }
 };
 
-// Matrices [R, kColumns] and [kColumns, R] of every chunk of every expert stand side by side, and
-// within one, its blocks of ranks; of rows [N, R], first the first block's of all rows.
-template <class S, int kRanks>
+// Factors of all experts lie as their products take them: those that reduce ranks as
+// [E, F / kWidth, J, kWidth], those that reduce features as [E, F / kTerms, R]. Padding is zero.
+template <class T, class P>
 class Glu {
- public:
-  explicit Glu(const SharedGluParams& params)
+ protected:
+  using S = Wide<T>;
+  static constexpr int64_t kW = kWidth<S>, kPad = std::max<int64_t>(kStepVectors * kW, kRows);
+
+  const SharedGluParams& p;
+  const int64_t J, R, F;        // factors of a sum over ranks; ranks and features, padded
+  const int64_t width, chunks;  // of F
+  const Rows rows;
+  const int64_t N;
+  const bool has_down;
+  const Buffer<S> zeros;  // a chunk's features, or a chunk of a matrix that is not there
+  Side<T, P> gate, up;
+
+  Glu(const SharedGluParams& params, int64_t tile_rows)
       : p(params),
-        rank_blocks((p.rank + kRanks - 1) / kRanks),
-        chunks((p.ffn + kColumns - 1) / kColumns),
-        rows(rows_of(p)),
-        N(rows.slot_N.size()),
-        weight_TK(static_cast<const S*>(p.weight_TK)),
-        has_down(p.a_down_ERF != nullptr) {
+        J((p.rank + kTerms<P> - 1) / kTerms<P>),
+        R(round_up(p.rank, kW)),
+        F(round_up(p.ffn, kPad)),
+        width(chunk_width(p.ffn)),
+        chunks((p.ffn + width - 1) / width),
+        rows(rows_of(p, tile_rows)),
+        N(rows.all.size()),
+        has_down(p.a_down_ERF != nullptr),
+        zeros(zeroed(width * std::max<int64_t>(J, 1))) {
     const auto side = [&](auto* base, auto* a, auto* b, auto* scale, auto* bias) {
-      return Side<S>{base,
-                     rows_by_expert(a, p.scaling),
-                     b_matrices(b, true),
-                     static_cast<const S*>(scale),
-                     static_cast<const S*>(scale ? bias : nullptr)};
+      return Side<T, P>{static_cast<const T*>(base),
+                        rows_by_rank(a, p.scaling),
+                        b_by_rank(b),
+                        padded_rows(scale, p.experts),
+                        padded_rows(scale == nullptr ? nullptr : bias, 1)};
     };
     gate = side(p.gate_TF, p.a_gate_TKR, p.b_gate_EFR, p.scale_gate_EF, p.bias_gate_F);
     up = side(p.up_TF, p.a_up_TKR, p.b_up_EFR, p.scale_up_EF, p.bias_up_F);
   }
 
- protected:
-  const SharedGluParams& p;
-  const int64_t rank_blocks, chunks;
-  const Rows rows;
-  const int64_t N;
-  const S* weight_TK;
-  const bool has_down;
-  Side<S> gate, up;
-  alignas(64) S zeros[kColumns] = {};
+  static Buffer<S> zeroed(int64_t count) {
+    auto x = buffer<S>(count);
+    std::fill_n(x.get(), count, S(0));
+    return x;
+  }
 
-  int64_t real(int64_t chunk) const {
-    return std::min<int64_t>(kColumns, p.ffn - chunk * kColumns);
+  // An even number of chunks, of one width but for the last: two threads share them evenly.
+  static int64_t chunk_width(int64_t ffn) {
+    const int64_t chunks =
+        std::max<int64_t>(2, round_up((ffn + kMostColumns - 1) / kMostColumns, 2));
+    return std::max(kPad, round_up((ffn + chunks - 1) / chunks, kPad));
   }
-  int64_t real_ranks(int64_t block) const {
-    return std::min<int64_t>(kRanks, p.rank - block * kRanks);
-  }
-  int64_t matrix_at(int64_t e, int64_t chunk, int64_t block) const {
-    return ((e * chunks + chunk) * rank_blocks + block) * kRanks * kColumns;
-  }
-  int64_t row_at(int64_t n, int64_t block) const { return (block * N + n) * kRanks; }
-  S weight_of(int64_t n) const { return rows.slot_N[n] < 0 ? 0 : weight_TK[rows.slot_N[n]]; }
+  int64_t columns_of(int64_t chunk) const { return std::min(width, p.ffn - chunk * width); }
+  // A chunk whose last columns would share a vector with what is behind them.
+  bool is_ragged(int64_t chunk) const { return columns_of(chunk) % kPad != 0; }
+  int64_t padded_columns(int64_t chunk) const { return round_up(columns_of(chunk), kPad); }
+  int64_t by_rank_at(int64_t e, int64_t f) const { return (e * F + f) * J; }
+  int64_t by_feature_at(int64_t e, int64_t f) const { return (e * F + f) / kTerms<P> * R; }
 
-  // put(first of an expert's matrix, first column, columns, first rank, ranks, to)
-  template <class Put>
-  Buffer<S> matrices(const void* src, const Put& put) const {
+  // put(an expert's matrix in src, first feature, features, the same of the factors), a chunk at a
+  // time; `at` says where its factors begin.
+  template <class At, class Put>
+  Buffer<P> factors(const void* src, const At& at, const Put& put) const {
     if (src == nullptr) return nullptr;
-    auto dst = buffer<S>(matrix_at(p.experts, 0, 0));
+    auto dst = buffer<P>(at(p.experts, 0));
     parallel_for(p.experts * chunks, [&](int64_t i) {
-      const int64_t e = i / chunks, chunk = i % chunks;
+      const int64_t e = i / chunks, chunk = i % chunks, f = chunk * width;
       if (!rows.is_used_E[e]) return;
-      for (int64_t block = 0; block < rank_blocks; ++block) {
-        S* to = &dst[matrix_at(e, chunk, block)];
-        std::fill_n(to, kRanks * kColumns, S(0));
-        const S* from = static_cast<const S*>(src) + e * p.rank * p.ffn;
-        put(from, chunk * kColumns, real(chunk), block * kRanks, real_ranks(block), to);
-      }
+      P* to = &dst[at(e, f)];
+      const int64_t size = at(0, padded_columns(chunk)) * sizeof(P);
+      if (is_ragged(chunk)) std::fill_n(reinterpret_cast<char*>(to), size, 0);
+      put(static_cast<const S*>(src) + e * p.rank * p.ffn, f, columns_of(chunk), to);
     });
     return dst;
   }
-  // B as [kColumns, R], transposed as [R, kColumns]
-  Buffer<S> b_matrices(const void* b_EFR, bool transposed) const {
-    const auto put =
-        [&](const S* b_FR, int64_t f, int64_t columns, int64_t r, int64_t ranks, S* to) {
-          const S* from = b_FR + f * p.rank + r;
-          if (transposed) return transpose(from, columns, ranks, p.rank, to, kColumns);
-          for (int64_t i = 0; i < columns; ++i) convert(from + i * p.rank, ranks, to + i * kRanks);
-        };
-    return matrices(b_EFR, put);
+  template <class Put>
+  Buffer<P> by_rank(const void* src, const Put& put) const {
+    const auto at = [&](int64_t e, int64_t f) { return by_rank_at(e, f); };
+    return factors(src, at, [&](const S* from, int64_t f, int64_t columns, P* to) {
+      for (int64_t i = 0; i < columns; i += kW) {
+        put(from, f + i, std::min(kW, columns - i), to + by_rank_at(0, i));
+      }
+    });
   }
-  // A as [R, kColumns], transposed as [kColumns, R]
-  Buffer<S> a_matrices(const void* a_ERF, bool transposed) const {
-    const auto put =
-        [&](const S* a_RF, int64_t f, int64_t columns, int64_t r, int64_t ranks, S* to) {
-          const S* from = a_RF + r * p.ffn + f;
-          if (transposed) return transpose(from, ranks, columns, p.ffn, to, kRanks);
-          for (int64_t i = 0; i < ranks; ++i) convert(from + i * p.ffn, columns, to + i * kColumns);
-        };
-    return matrices(a_ERF, put);
+  template <class Put>
+  Buffer<P> by_feature(const void* src, const Put& put) const {
+    return factors(src, [&](int64_t e, int64_t f) { return by_feature_at(e, f); }, put);
+  }
+  Buffer<P> b_by_rank(const void* b_EFR) const {
+    return by_rank(b_EFR, [&](const S* b_FR, int64_t f, int64_t columns, P* to) {
+      pack_transposed(b_FR + f * p.rank, columns, p.rank, p.rank, to, kW);
+    });
+  }
+  Buffer<P> a_by_rank(const void* a_ERF) const {
+    return by_rank(a_ERF, [&](const S* a_RF, int64_t f, int64_t columns, P* to) {
+      pack(a_RF + f, p.rank, columns, p.ffn, to, kW);
+    });
+  }
+  Buffer<P> b_by_feature(const void* b_EFR) const {
+    return by_feature(b_EFR, [&](const S* b_FR, int64_t f, int64_t columns, P* to) {
+      pack(b_FR + f * p.rank, columns, p.rank, p.rank, to, R);
+    });
+  }
+  Buffer<P> a_by_feature(const void* a_ERF) const {
+    return by_feature(a_ERF, [&](const S* a_RF, int64_t f, int64_t columns, P* to) {
+      pack_transposed(a_RF + f, p.rank, columns, p.ffn, to, R);
+    });
   }
 
-  // Slots' rows in the order of `rows`, times `scale`.
-  Buffer<S> rows_by_expert(const void* src_TKR, double scale) const {
-    if (src_TKR == nullptr) return nullptr;
-    auto dst = buffer<S>(row_at(0, rank_blocks));
-    parallel_chunks(N, rows_per_chunk(p.rank), [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        const S* from = static_cast<const S*>(src_TKR) + rows.slot_N[n] * p.rank;
-        for (int64_t block = 0; block < rank_blocks; ++block) {
-          const int64_t ranks = rows.slot_N[n] < 0 ? 0 : real_ranks(block);
-          S* to = &dst[row_at(n, block)];
-          for (int64_t r = 0; r < kRanks; ++r) {
-            to[r] = r < ranks ? static_cast<S>(scale) * from[block * kRanks + r] : 0;
+  // take(step, its slots' rows [kRows, R] of src, times `scale`)
+  template <class Take>
+  void for_each_step(const void* src_TKR, double scale, const Take& take) const {
+    parallel_chunks(N / kRows, rows_per_chunk(kRows * R), [&](int64_t begin, int64_t end) {
+      const auto step = buffer<S>(kRows * R);
+      for (int64_t i = begin; i < end; ++i) {
+        std::fill_n(step.get(), kRows * R, S(0));
+        for (int m = 0; m < kRows; ++m) {
+          const int64_t slot = rows.all[i * kRows + m].slot;
+          const S* from = static_cast<const S*>(src_TKR) + slot * p.rank;
+          for (int64_t r = 0; slot >= 0 && r < p.rank; ++r) {
+            step[m * R + r] = static_cast<S>(scale) * from[r];
           }
         }
+        take(i, step.get());
+      }
+    });
+  }
+  // Of every step [J, kRows]
+  Buffer<P> rows_by_rank(const void* src_TKR, double scale) const {
+    if (src_TKR == nullptr) return nullptr;
+    auto dst = buffer<P>(N * J);
+    for_each_step(src_TKR, scale, [&](int64_t i, const S* step) {
+      const auto kept = buffer<Kept<P>>(R);
+      for (int m = 0; m < kRows; ++m) {
+        convert(step + m * R, R, kept.get());
+        const P* row = reinterpret_cast<const P*>(kept.get());
+        for (int64_t j = 0; j < J; ++j) dst[(i * J + j) * kRows + m] = row[j];
       }
     });
     return dst;
   }
-
-  // A chunk of a row's token in x_TF: where it lies, or widened or padded in `copy`.
-  const S* chunk_of(const void* x_TF, int64_t n, int64_t chunk, S* copy) const {
-    if (rows.slot_N[n] < 0) return zeros;
-    const int64_t t = rows.slot_N[n] / p.slots, columns = real(chunk);
-    const int64_t at = t * p.ffn + chunk * kColumns;
-    if (p.dtype == Dtype::kBfloat16) {
-      if constexpr (std::is_same_v<S, float>) {
-        copy_padded(static_cast<const Bf16*>(x_TF) + at, columns, kColumns, copy);
-      }
-      return copy;
-    }
-    if (columns == kColumns) return static_cast<const S*>(x_TF) + at;
-    copy_padded(static_cast<const S*>(x_TF) + at, columns, kColumns, copy);
-    return copy;
+  // [N / kTerms, R]
+  Buffer<P> rows_by_row(const void* src_TKR, double scale) const {
+    if (src_TKR == nullptr) return nullptr;
+    auto dst = buffer<P>(N / kTerms<P> * R);
+    for_each_step(src_TKR, scale, [&](int64_t i, const S* step) {
+      pack(step, kRows, R, R, &dst[i * kRows / kTerms<P> * R], R);
+    });
+    return dst;
   }
-  // Of the row that takes n's place in the next tile.
-  template <size_t kTensors>
-  Ahead<kTensors> ahead_of(const Block& block,
+
+  Buffer<S> padded_rows(const void* src, int64_t count) const {
+    if (src == nullptr) return nullptr;
+    auto dst = zeroed(count * F);
+    for (int64_t i = 0; i < count; ++i) {
+      std::copy_n(static_cast<const S*>(src) + i * p.ffn, p.ffn, &dst[i * F]);
+    }
+    return dst;
+  }
+
+  // The step that begins with row n, of a tile and a chunk.
+  template <int kCount>
+  Products<P, kCount> products(const std::pair<const P*, const P*> (&factors)[kCount],
+                               const Tile& tile,
+                               int64_t n,
+                               int64_t chunk) const {
+    Products<P, kCount> products{.J = J};
+    for (int i = 0; i < kCount; ++i) {
+      const auto [c, a] = factors[i];
+      const P* nothing = reinterpret_cast<const P*>(zeros.get());
+      products.c[i] = c == nullptr ? nothing : c + n * J;
+      products.a[i] = c == nullptr ? nothing : a + by_rank_at(tile.expert, chunk * width);
+    }
+    return products;
+  }
+  SideRows<T> side_rows(
+      const Side<T, P>& side, const Tile& tile, int64_t n, int64_t chunk, T* copies) const {
+    SideRows<T> found{};
+    rows_of_tokens(side.base_TF, n, chunk, copies, found.base);
+    const int64_t f = chunk * width;
+    if (side.scale_EF != nullptr) found.scale = &side.scale_EF[tile.expert * F + f];
+    if (side.bias_F != nullptr) found.bias = &side.bias_F[f];
+    return found;
+  }
+  // Where the tokens' features of a chunk lie in x_TF, or padded in `copies` [kRows, kStride].
+  void rows_of_tokens(const T* x_TF, int64_t n, int64_t chunk, T* copies, const T** found) const {
+    for (int m = 0; m < kRows; ++m, copies += kStride) {
+      const int64_t slot = rows.all[n + m].slot;
+      found[m] = reinterpret_cast<const T*>(zeros.get());
+      if (slot < 0) continue;
+      found[m] = x_TF + slot / p.slots * p.ffn + chunk * width;
+      if (!is_ragged(chunk)) continue;
+      std::fill_n(copies, padded_columns(chunk), T{});
+      found[m] = std::copy_n(found[m], columns_of(chunk), copies) - columns_of(chunk);
+    }
+  }
+  // Of the step that takes the place of n's in the next tile.
+  template <int kTensors>
+  Ahead<T, kTensors> ahead(const T* const (&x_TF)[kTensors],
+                           const Block& block,
                            int64_t n,
-                           int64_t chunk,
-                           const void* const (&x_TF)[kTensors]) const {
-    const int64_t next = std::min(n + kTileRows, block.end - 1);
-    const int64_t at = std::max(rows.slot_N[next], 0) / p.slots * p.ffn + chunk * kColumns;
-    Ahead<kTensors> ahead{};
-    ahead.bytes = p.dtype == Dtype::kBfloat16 ? sizeof(Bf16) : sizeof(S);
-    for (size_t i = 0; i < kTensors; ++i) {
-      ahead.rows[i] = static_cast<const char*>(x_TF[i]) + at * ahead.bytes;
-    }
-    return ahead;
-  }
-  void write_chunk(const S* x, void* y_TF, int64_t t, int64_t chunk) const {
-    const int64_t at = t * p.ffn + chunk * kColumns;
-    if (p.dtype == Dtype::kBfloat16) {
-      if constexpr (std::is_same_v<S, float>) {
-        convert(x, real(chunk), static_cast<Bf16*>(y_TF) + at);
+                           int64_t chunk) const {
+    Ahead<T, kTensors> found;
+    for (int m = 0; m < kRows; ++m) {
+      const int64_t slot = rows.all[std::min(n + m, block.end - 1)].slot;
+      for (int i = 0; i < kTensors; ++i) {
+        found.rows[i][m] = x_TF[i] + std::max<int64_t>(slot, 0) / p.slots * p.ffn + chunk * width;
       }
-    } else {
-      convert(x, real(chunk), static_cast<S*>(y_TF) + at);
     }
+    return found;
+  }
+  // Of row n, `sums` being those of a block's tokens and of one more, [tokens + 1, kStride].
+  TokenSum<T> token_sum(int64_t n, int64_t chunk, S* sums, void* y_TF) const {
+    const Row& row = rows.all[n];
+    S* sum = sums + row.place * kStride;
+    T* out = nullptr;
+    if (row.is_last && !is_ragged(chunk)) {
+      out = static_cast<T*>(y_TF) + row.slot / p.slots * p.ffn + chunk * width;
+    }
+    return {row.is_first ? zeros.get() : sum, sum, out};
+  }
+  // What token_sum could not hand out.
+  void write_ragged(const Block& block, int64_t chunk, const S* sums, void* y_TF) const {
+    for (int64_t i = 0; is_ragged(chunk) && i < block.tokens; ++i) {
+      const int64_t t = p.token_order_T[block.first_token + i];
+      convert(
+          sums + i * kStride, columns_of(chunk), static_cast<T*>(y_TF) + t * p.ffn + chunk * width);
+    }
+  }
+  // After all else: those of tokens without an expert.
+  void write_idle(void* y_TF) const {
+    for (int64_t t : rows.idle_tokens) std::fill_n(static_cast<T*>(y_TF) + t * p.ffn, p.ffn, T{});
   }
 
-  // The three products of a tile: to and from kColumns features, and their matrix's gradient. Not
-  // inlined: each has several callers.
-  template <class From>
-  __attribute__((noinline)) void expand_tile(
-      const Tile& tile, const S* z_NR, const S* a_RF, const From& from, S* y) const {
-    const int64_t M = tile.end - tile.begin;
-    for (int64_t block = 0; block < rank_blocks; ++block) {
-      const S *z = z_NR + row_at(tile.begin, block), *a = a_RF + block * kRanks * kColumns;
-      const auto more = [&](int64_t m) { return y + m * kColumns; };
-      if (block == 0) {
-        add_product<kRanks, 1, kRanks, kColumns>(z, a, M, 1, from, y);
-      } else {
-        add_product<kRanks, 1, kRanks, kColumns>(z, a, M, 1, more, y);
-      }
-    }
+  S weight_of(int64_t n) const {
+    const int64_t slot = rows.all[n].slot;
+    return slot < 0 ? 0 : static_cast<const S*>(p.weight_TK)[slot];
   }
-  // z points to the tile's first row; from one block of ranks to the next are z_stride numbers.
-  __attribute__((noinline)) void shrink_tile(
-      const Tile& tile, const S* x, const S* a_FR, S* z, int64_t z_stride) const {
-    for (int64_t block = 0; block < rank_blocks; ++block, z += z_stride) {
-      const auto old = [&](int64_t m) { return z + m * kRanks; };
-      for (int64_t j = 0; j < kColumns; j += kChain) {
-        const S* a = a_FR + (block * kColumns + j) * kRanks;
-        add_product<kColumns, 1, kChain, kRanks>(x + j, a, tile.end - tile.begin, 1, old, z);
-      }
+  // What dropout multiplies h by, or null.
+  const S* draw_mask(int64_t n, int64_t chunk, S* mask) const {
+    if (!has_down || p.dropout == 0) return nullptr;
+    std::fill_n(mask, kRows * kStride, S(1));
+    for (int m = 0; m < kRows; ++m) {
+      const int64_t slot = rows.all[n + m].slot;
+      S* row = mask + m * kStride;
+      if (slot < 0) continue;
+      philox_dropout(row, width, *p.seed, slot, chunk * width, p.dropout, row);
     }
-  }
-  __attribute__((noinline)) void add_outer(const Tile& tile,
-                                           const S* y,
-                                           const S* z_NR,
-                                           S* sums_FR) const {
-    for (int64_t block = 0; block < rank_blocks; ++block) {
-      S* sums = sums_FR + block * kColumns * kRanks;
-      const auto old = [&](int64_t f) { return sums + f * kRanks; };
-      const int64_t steps = (tile.end - tile.begin) / kStepRows;
-      const S* z = z_NR + row_at(tile.begin, block);
-      add_product<1, kColumns, kStepRows, kRanks>(y, z, kColumns, steps, old, sums);
-    }
+    return mask;
   }
 
-  // y [rows, kColumns] = a side of a tile: base + s B a, or DoRA's. `before` takes what DoRA
-  // scales, where it is not null.
-  void side_rows(const Side<S>& side, const Tile& tile, int64_t chunk, S* y, S* before) const {
-    const int64_t M = tile.end - tile.begin, columns = real(chunk);
-    const S* bias = side.bias_F == nullptr ? nullptr : side.bias_F + chunk * kColumns;
-    const S* from[kTileRows];
-    for (int64_t m = 0; m < M; ++m) {
-      S* y_m = y + m * kColumns;
-      from[m] = chunk_of(side.base_TF, tile.begin + m, chunk, y_m);
-      if (from[m] != y_m && (bias != nullptr || side.a_NR == nullptr)) {
-        std::copy(from[m], from[m] + kColumns, y_m);
-        from[m] = y_m;
-      }
-      for (int64_t j = 0; bias != nullptr && j < columns; ++j) y_m[j] -= bias[j];
-    }
-    if (side.a_NR == nullptr) return;
-    const auto base = [&](int64_t m) { return from[m]; };
-    expand_tile(tile, side.a_NR.get(), &side.b_ERF[matrix_at(tile.expert, chunk, 0)], base, y);
-    if (side.scale_EF == nullptr) return;
-    const S* scale = side.scale_EF + tile.expert * p.ffn + chunk * kColumns;
-    if (before != nullptr) std::copy(y, y + M * kColumns, before);
-    for (int64_t m = 0; m < M; ++m) {
-      for (int64_t j = 0; j < columns; ++j) {
-        S& value = y[m * kColumns + j];
-        value = scale[j] * value + (bias == nullptr ? 0 : bias[j]);
-      }
+  // z [kRows, R] += a step's rows x [kRows, kStride] times a matrix by feature.
+  __attribute__((noinline)) void reduce_features(const Kept<P>* x,
+                                                 const P* a,
+                                                 int64_t chunk,
+                                                 S* z) const {
+    constexpr int64_t kRow = kStride / kTerms<P>, kChainFactors = kChain / kTerms<P>;
+    const P* c = reinterpret_cast<const P*>(x);
+    const int64_t factors = padded_columns(chunk) / kTerms<P>;
+    for (int64_t j = 0; j < factors; j += kChainFactors) {
+      const int64_t count = std::min(kChainFactors, factors - j);
+      add_products<kRows, kRow, 1>(c + j, a + j * R, count, R, z);
     }
   }
-
-  void drop(S* x, int64_t n, int64_t chunk) const {
-    if (rows.slot_N[n] < 0) return;
-    philox_dropout(x, kColumns, *p.seed, rows.slot_N[n], chunk * kColumns, p.dropout, x);
+  // sums [features, R] += y^T z of a tile's rows, y [rows / kTerms, kStride] and z by row.
+  __attribute__((noinline)) void reduce_rows(
+      const P* y, const P* z, const Tile& tile, int64_t chunk, S* sums) const {
+    const int64_t count = (tile.end - tile.begin) / kTerms<P>;
+    for (int64_t f = 0; f < padded_columns(chunk); f += kRows) {
+      add_products<kRows, 1, kStride>(
+          y + f, z + tile.begin / kTerms<P> * R, count, R, sums + f * R);
+    }
   }
 };
 
-// Kernel<S, kRanks> with the block of ranks that fits best.
-template <template <class, int> class Kernel>
+// Kernel<T, P> for the type of gate and up.
+template <template <class, class> class Kernel>
 void run_glu(const SharedGluParams& p) {
-  if (p.dtype == Dtype::kFloat64) return Kernel<double, 8>(p).run();
-  if (kWidth<float> <= 8 && (p.rank - 1) / 8 % 2 == 0) return Kernel<float, 8>(p).run();
-  Kernel<float, 16>(p).run();
+  with_type(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (!std::is_same_v<T, Fp16>) Kernel<T, FactorOf<T>>(p).run();
+  });
 }
 
 }  // namespace mixlora::MIXLORA_ISA

@@ -3,72 +3,37 @@
 namespace mixlora::MIXLORA_ISA {
 namespace {
 
+constexpr int64_t kTileRows = 32;
 constexpr int64_t kPartialBlocks = 8;  // partial sums are kept for so many blocks of tokens
 
-// What a row's act and product give back, chunk by chunk.
-template <class S>
-struct RowGradient {
-  S *gate, *up;  // in: gate_k and up_k; out: their gradients
-  S* h;          // in: what comes from z, dropped; out: h_k
-  const S* dhbar;
-  S weight;
-  Ahead<3> ahead;
-};
-
-// Returns <dhbar, h>.
-template <Activation kAct, class S>
-S differentiate_row(RowGradient<S> row) {
-  Vec<S> dweight = {};
-  for (int64_t j = 0; j < kColumns; j += kWidth<S>) {
-    row.ahead.fetch(j);
-    Vec<S> value, slope;
-    activate<kAct>(load(row.gate + j), value, slope);
-    const Vec<S> up = load(row.up + j), dhbar = load(row.dhbar + j), h = value * up;
-    const Vec<S> dh = splat(row.weight) * dhbar + load(row.h + j);
-    dweight += dhbar * h;
-    store(row.gate + j, dh * up * slope);
-    store(row.up + j, dh * value);
-    store(row.h + j, h);
-  }
-  return sum(dweight);
-}
-
-template <class S>
-void add_row(const S* x, S* sum) {
-  for (int64_t j = 0; j < kColumns; j += kWidth<S>) store(sum + j, load(sum + j) + load(x + j));
-}
-
-template <class S, int kRanks>
-class Backward : Glu<S, kRanks> {
-  using Base = Glu<S, kRanks>;
-  using Base::p, Base::rank_blocks, Base::chunks, Base::rows, Base::N, Base::has_down;
+template <class T, class P>
+class Backward : Glu<T, P> {
+  using Base = Glu<T, P>;
+  using Base::p, Base::chunks, Base::rows, Base::N, Base::R, Base::F, Base::has_down, Base::kW;
+  using typename Base::S;
 
  public:
-  explicit Backward(const SharedGluParams& params) : Base(params) {
-    with_activation(p.act, [&](auto kAct) { differentiate_row_ = differentiate_row<kAct, S>; });
+  explicit Backward(const SharedGluParams& params) : Base(params, kTileRows) {
+    with_activation(p.act, [&](auto kAct) { differentiate_rows_ = differentiate_rows<kAct>; });
   }
 
   void run() {
-    dz_NR_ = this->rows_by_expert(p.dz_TKR, 1);
-    b_gate_EFR_ = this->b_matrices(p.b_gate_EFR, false);
-    b_up_EFR_ = this->b_matrices(p.b_up_EFR, false);
-    a_down_ERF_ = this->a_matrices(p.a_down_ERF, false);
-    for (auto [gradient, sums] : {std::pair{p.db_gate_EFR, &db_gate_EFR_},
-                                  {p.db_up_EFR, &db_up_EFR_},
-                                  {p.da_down_ERF, &da_down_EFR_}}) {
-      if (gradient != nullptr) *sums = buffer<S>(this->matrix_at(p.experts, 0, 0));
-    }
-
-    // Chunks of F are independent; what they add up over F is summed in their order afterwards.
     const int64_t blocks = rows.blocks.size();
     for (int64_t first = 0; first < blocks; first += kPartialBlocks) {
       const int64_t last = std::min(blocks, first + kPartialBlocks);
       partial_rows_ = std::max(partial_rows_, rows.blocks[last - 1].end - rows.blocks[first].begin);
     }
-    for (auto [gradient, partial] : {std::pair{p.da_gate_TKR, &da_gate_}, {p.da_up_TKR, &da_up_}}) {
-      if (gradient != nullptr) *partial = buffer<S>(chunks * partial_size());
+    prepare(gate_, p.a_gate_TKR, p.b_gate_EFR, p.da_gate_TKR, p.db_gate_EFR, p.dscale_gate_EF);
+    prepare(up_, p.a_up_TKR, p.b_up_EFR, p.da_up_TKR, p.db_up_EFR, p.dscale_up_EF);
+    if (has_down) {
+      dz_ = this->rows_by_rank(p.dz_TKR, 1);
+      dz_by_row_ = this->rows_by_row(p.dz_TKR, 1);
+      a_down_ = this->a_by_rank(p.a_down_ERF);
+      da_down_ = buffer<S>(sums_at(p.experts, 0));
     }
     dweight_ = buffer<S>(chunks * partial_rows_);
+
+    // Chunks of F are independent; what they add up over F is summed in their order afterwards.
     parallel_for(chunks, [&](int64_t chunk) { clear(chunk); });
     for (int64_t first = 0; first < blocks; first += kPartialBlocks) {
       const int64_t last = std::min(blocks, first + kPartialBlocks);
@@ -79,168 +44,264 @@ class Backward : Glu<S, kRanks> {
       add_partials(rows.blocks[last - 1].end);
     }
     parallel_for(chunks, [&](int64_t chunk) { write(chunk); });
+    for (void* y_TF : {p.dgate_TF, p.dup_TF}) this->write_idle(y_TF);
     for (int64_t slot = 0; slot < p.tokens * p.slots; ++slot) {
       if (p.expert_TK[slot] < 0) put_zeros(slot);
     }
   }
 
  private:
-  S (*differentiate_row_)(RowGradient<S>);
-  Buffer<S> dz_NR_;
-  Buffer<S> b_gate_EFR_, b_up_EFR_, a_down_ERF_;     // matrices
-  Buffer<S> db_gate_EFR_, db_up_EFR_, da_down_EFR_;  // sums, as matrices
-  Buffer<S> da_gate_, da_up_, dweight_;  // chunk by chunk, of the rows from first_row_ on
+  // Of a side with an adapter; null is what is not wanted.
+  struct SideGradient {
+    Buffer<P> a_by_row, b;  // what dB and da are made of
+    Buffer<S> own_db, da, dscale;
+    S* db = nullptr;  // [E, F, R]
+    void *da_TKR, *db_EFR, *dscale_EF;
+  };
+
+  struct Step {
+    int64_t columns;
+    Products<P, 3> products;
+    SideRows<T> gate, up;
+    Ahead<T, 5> ahead;
+    const T* dhbar[kRows];
+    S weight[kRows];
+    const S* mask;
+    TokenSum<T> dgate[kRows], dup[kRows];
+    S *dweight, *dscale_gate, *dscale_up;
+    P *dgate_by_row, *dup_by_row, *h_by_row;  // [kRows / kTerms, kStride]
+    Kept<P>*dgate_kept, *dup_kept;            // [kRows, kStride]
+  };
+
+  void (*differentiate_rows_)(const Step&);
+  SideGradient gate_, up_;
+  Buffer<P> dz_, dz_by_row_, a_down_;
+  Buffer<S> da_down_;  // [E, F, R]
+  Buffer<S> dweight_;  // chunk by chunk, of the rows from first_row_ on; so is da
   int64_t first_row_ = 0, partial_rows_ = 0;
 
-  int64_t partial_size() const { return rank_blocks * partial_rows_ * kRanks; }
+  int64_t sums_at(int64_t e, int64_t f) const { return (e * F + f) * R; }
+
+  void prepare(SideGradient& side,
+               const void* a_TKR,
+               const void* b_EFR,
+               void* da_TKR,
+               void* db_EFR,
+               void* dscale_EF) {
+    side.da_TKR = da_TKR;
+    side.db_EFR = db_EFR;
+    side.dscale_EF = dscale_EF;
+    if (b_EFR == nullptr) return;  // a too, and without tokens a may be null anyway
+    side.a_by_row = this->rows_by_row(a_TKR, p.scaling);
+    side.b = this->b_by_feature(b_EFR);
+    side.da = buffer<S>(chunks * partial_rows_ * R);
+    side.db = static_cast<S*>(db_EFR);
+    if (F != p.ffn || R != p.rank) {
+      side.own_db = buffer<S>(sums_at(p.experts, 0));
+      side.db = side.own_db.get();
+    }
+    if (dscale_EF != nullptr) side.dscale = buffer<S>(p.experts * F);
+  }
 
   void clear(int64_t chunk) const {
+    const int64_t f = chunk * this->width, columns = this->padded_columns(chunk);
     for (int64_t e = 0; e < p.experts; ++e) {
-      for (S* sums : {db_gate_EFR_.get(), db_up_EFR_.get(), da_down_EFR_.get()}) {
-        if (sums == nullptr) continue;
-        std::fill_n(sums + this->matrix_at(e, chunk, 0), rank_blocks * kRanks * kColumns, S(0));
+      for (S* sums : {gate_.db, up_.db, da_down_.get()}) {
+        if (sums != nullptr) std::fill_n(sums + sums_at(e, f), columns * R, S(0));
       }
-      for (void* dscale : {p.dscale_gate_EF, p.dscale_up_EF}) {
-        if (dscale == nullptr) continue;
-        S* row = static_cast<S*>(dscale) + e * p.ffn + chunk * kColumns;
-        std::fill_n(row, this->real(chunk), S(0));
+      for (S* dscale : {gate_.dscale.get(), up_.dscale.get()}) {
+        if (dscale != nullptr) std::fill_n(dscale + e * F + f, columns, S(0));
       }
     }
   }
 
   void write(int64_t chunk) const {
-    const int64_t f = chunk * kColumns, columns = this->real(chunk);
+    const int64_t f = chunk * this->width, columns = this->columns_of(chunk);
     for (int64_t e = 0; e < p.experts; ++e) {
-      for (int64_t block = 0; block < rank_blocks; ++block) {
-        const int64_t at = this->matrix_at(e, chunk, block), r = block * kRanks;
-        const int64_t ranks = this->real_ranks(block);
-        const auto put_b = [&](const Buffer<S>& sums, void* db_EFR) {
-          for (int64_t i = 0; db_EFR != nullptr && i < columns; ++i) {
-            S* to = static_cast<S*>(db_EFR) + (e * p.ffn + f + i) * p.rank + r;
-            std::copy_n(&sums[at + i * kRanks], ranks, to);
+      for (const SideGradient* side : {&gate_, &up_}) {
+        for (int64_t i = 0; side->own_db != nullptr && i < columns; ++i) {
+          S* to = static_cast<S*>(side->db_EFR) + (e * p.ffn + f + i) * p.rank;
+          std::copy_n(side->db + sums_at(e, f + i), p.rank, to);
+        }
+        if (side->dscale == nullptr) continue;
+        S* to = static_cast<S*>(side->dscale_EF) + e * p.ffn + f;
+        std::copy_n(&side->dscale[e * F + f], columns, to);
+      }
+      if (!has_down) continue;
+      S* to = static_cast<S*>(p.da_down_ERF) + e * p.rank * p.ffn + f;
+      transpose(&da_down_[sums_at(e, f)], columns, p.rank, R, to, p.ffn);
+    }
+  }
+
+  // The gradients of kRows rows by gate_k and up_k, and h as A2 took it.
+  template <Activation kAct>
+  static void differentiate_rows(const Step& step) {
+    Vec<S> dweight[kRows] = {};
+    for (int64_t f0 = 0; f0 < step.columns; f0 += kStepVectors * kW) {
+      Vec<S> products[kStepVectors][3][kRows];
+      step.products.at(f0, products);
+      for (int v = 0; v < kStepVectors; ++v) {
+        const int64_t f = f0 + v * kW;
+        const auto& product = products[v];
+        Vec<S> dscale_gate{}, dscale_up{};
+        step.ahead.fetch(f);
+#pragma GCC unroll 8
+        for (int m0 = 0; m0 < kRows; m0 += kTerms<P>) {
+          Vec<S> dgate[kTerms<P>], dup[kTerms<P>], h[kTerms<P>];
+          for (int i = 0; i < kTerms<P>; ++i) {
+            const int m = m0 + i;
+            Vec<S> value, slope, gate_before, up_before;
+            activate<kAct, Kept<P>>(step.gate.at(m, f, product[0][m], gate_before), value, slope);
+            const Vec<S> up = step.up.at(m, f, product[1][m], up_before);
+            const Vec<S> dhbar = load(step.dhbar[m] + f);
+            Vec<S> dh = product[2][m];
+            h[i] = value * up;
+            dweight[m] += dhbar * h[i];
+            if (step.mask != nullptr) {
+              const Vec<S> mask = load(step.mask + m * kStride + f);
+              dh *= mask;
+              h[i] *= mask;
+            }
+            dh += splat(step.weight[m]) * dhbar;
+            dgate[i] = dh * up * slope;
+            dup[i] = dh * value;
+            if (step.gate.scale != nullptr) {
+              dscale_gate += dgate[i] * gate_before;
+              dgate[i] *= load(step.gate.scale + f);
+            }
+            if (step.up.scale != nullptr) {
+              dscale_up += dup[i] * up_before;
+              dup[i] *= load(step.up.scale + f);
+            }
+            step.dgate[m].add(f, dgate[i]);
+            step.dup[m].add(f, dup[i]);
+            if constexpr (kTerms<P> > 1) {
+              store(step.dgate_kept + m * kStride + f, dgate[i]);
+              store(step.dup_kept + m * kStride + f, dup[i]);
+            }
           }
-        };
-        put_b(db_gate_EFR_, p.db_gate_EFR);
-        put_b(db_up_EFR_, p.db_up_EFR);
-        if (!has_down) continue;
-        S* to = static_cast<S*>(p.da_down_ERF) + (e * p.rank + r) * p.ffn + f;
-        transpose(&da_down_EFR_[at], columns, ranks, kRanks, to, p.ffn);
+          const int64_t at = m0 / kTerms<P> * kStride + f;
+          store_factors(step.dgate_by_row + at, dgate);
+          store_factors(step.dup_by_row + at, dup);
+          store_factors(step.h_by_row + at, h);
+        }
+        if (step.gate.scale != nullptr) {
+          store(step.dscale_gate + f, load(step.dscale_gate + f) + dscale_gate);
+        }
+        if (step.up.scale != nullptr) {
+          store(step.dscale_up + f, load(step.dscale_up + f) + dscale_up);
+        }
       }
     }
+    for (int m = 0; m < kRows; ++m) step.dweight[m] = sum(dweight[m]);
   }
 
   void block_rows(const Block& block, int64_t chunk) const {
-    const int64_t tile_size = kTileRows * kColumns, sums_size = (block.tokens + 1) * kColumns;
-    const auto buffers = buffer<S>(5 * tile_size + kColumns + 2 * sums_size);
-    S *gate = buffers.get(), *up = gate + tile_size, *h = up + tile_size, *dhbar = h + tile_size;
-    S *gate_before = dhbar + kColumns, *up_before = gate_before + tile_size;
-    S *dgate = up_before + tile_size, *dup = dgate + sums_size;
-    std::fill(dgate, dgate + 2 * sums_size, S(0));
+    const int64_t sums_size = (block.tokens + 1) * kStride, step_size = kRows * kStride;
+    const int64_t tile_size = kTileRows / kTerms<P> * kStride;
+    const auto sums = buffer<S>(2 * sums_size);
+    const auto mask = buffer<S>(step_size);
+    const auto copies = buffer<T>(3 * step_size);
+    const auto by_row = buffer<P>(3 * tile_size);
+    const auto kept = buffer<Kept<P>>(kTerms<P> > 1 ? 2 * step_size : 0);
+    S *dgate_sums = sums.get(), *dup_sums = dgate_sums + sums_size;
+    P *dgate = by_row.get(), *dup = dgate + tile_size, *h = dup + tile_size;
+    const int64_t f = chunk * this->width;
     for (const Tile& tile : block.tiles) {
-      const int64_t M = tile.end - tile.begin, e = tile.expert;
-      this->side_rows(this->gate, tile, chunk, gate, gate_before);
-      this->side_rows(this->up, tile, chunk, up, up_before);
-      const auto nothing = [&](int64_t) { return this->zeros; };
-      if (has_down) {
-        const S* a_RF = &a_down_ERF_[this->matrix_at(e, chunk, 0)];
-        this->expand_tile(tile, dz_NR_.get(), a_RF, nothing, h);
-      } else {
-        std::fill(h, h + M * kColumns, S(0));
+      const auto dscale = [&](const SideGradient& side) {
+        return side.dscale == nullptr ? nullptr : &side.dscale[tile.expert * F + f];
+      };
+      for (int64_t n = tile.begin; n < tile.end; n += kRows) {
+        const int64_t done = (n - tile.begin) / kTerms<P> * kStride;
+        Step step{.columns = this->padded_columns(chunk),
+                  .products = this->template products<3>({{this->gate.a.get(), this->gate.b.get()},
+                                                          {this->up.a.get(), this->up.b.get()},
+                                                          {dz_.get(), a_down_.get()}},
+                                                         tile,
+                                                         n,
+                                                         chunk),
+                  .gate = this->side_rows(this->gate, tile, n, chunk, copies.get()),
+                  .up = this->side_rows(this->up, tile, n, chunk, copies.get() + step_size),
+                  .ahead = this->template ahead<5>({this->gate.base_TF,
+                                                    this->up.base_TF,
+                                                    static_cast<const T*>(p.dhbar_TF),
+                                                    static_cast<const T*>(p.dgate_TF),
+                                                    static_cast<const T*>(p.dup_TF)},
+                                                   block,
+                                                   n + kRows,
+                                                   chunk),
+                  .mask = this->draw_mask(n, chunk, mask.get()),
+                  .dweight = &dweight_[chunk * partial_rows_ + n - first_row_],
+                  .dscale_gate = dscale(gate_),
+                  .dscale_up = dscale(up_),
+                  .dgate_by_row = dgate + done,
+                  .dup_by_row = dup + done,
+                  .h_by_row = h + done};
+        if constexpr (kTerms<P> > 1) {
+          step.dgate_kept = kept.get();
+          step.dup_kept = kept.get() + step_size;
+        } else {
+          step.dgate_kept = step.dgate_by_row;
+          step.dup_kept = step.dup_by_row;
+        }
+        const T* dhbar_TF = static_cast<const T*>(p.dhbar_TF);
+        this->rows_of_tokens(dhbar_TF, n, chunk, copies.get() + 2 * step_size, step.dhbar);
+        for (int m = 0; m < kRows; ++m) {
+          step.weight[m] = this->weight_of(n + m);
+          step.dgate[m] = this->token_sum(n + m, chunk, dgate_sums, p.dgate_TF);
+          step.dup[m] = this->token_sum(n + m, chunk, dup_sums, p.dup_TF);
+        }
+        differentiate_rows_(step);
+        add_da(gate_, tile, n, chunk, step.dgate_kept);
+        add_da(up_, tile, n, chunk, step.dup_kept);
       }
-      for (int64_t m = 0; m < M; ++m) {
-        const int64_t n = tile.begin + m, at = m * kColumns;
-        const bool drops = has_down && p.dropout > 0;
-        if (drops) this->drop(h + at, n, chunk);
-        const auto ahead = this->ahead_of(block, n, chunk, {p.gate_TF, p.up_TF, p.dhbar_TF});
-        const S* dhbar_m = this->chunk_of(p.dhbar_TF, n, chunk, dhbar);
-        dweight_[chunk * partial_rows_ + n - first_row_] =
-            differentiate_row_({gate + at, up + at, h + at, dhbar_m, this->weight_of(n), ahead});
-        if (drops) this->drop(h + at, n, chunk);
+      const int64_t at = sums_at(tile.expert, f);
+      for (auto [side, y] : {std::pair{&gate_, dgate}, {&up_, dup}}) {
+        if (side->db == nullptr) continue;
+        this->reduce_rows(y, side->a_by_row.get(), tile, chunk, side->db + at);
       }
-      unscale(this->gate, tile, chunk, gate_before, gate, p.dscale_gate_EF);
-      unscale(this->up, tile, chunk, up_before, up, p.dscale_up_EF);
-      for (int64_t m = 0; m < M; ++m) {
-        const int64_t place = rows.place_N[tile.begin + m] * kColumns;
-        add_row(gate + m * kColumns, dgate + place);
-        add_row(up + m * kColumns, dup + place);
-      }
-      adapter(this->gate, tile, chunk, gate, b_gate_EFR_, da_gate_, db_gate_EFR_);
-      adapter(this->up, tile, chunk, up, b_up_EFR_, da_up_, db_up_EFR_);
-      if (has_down) {
-        this->add_outer(tile, h, dz_NR_.get(), &da_down_EFR_[this->matrix_at(e, chunk, 0)]);
-      }
+      if (has_down) this->reduce_rows(h, dz_by_row_.get(), tile, chunk, &da_down_[at]);
     }
-    for (int64_t i = 0; i < block.tokens; ++i) {
-      const int64_t t = p.token_order_T[block.first_token + i];
-      this->write_chunk(dgate + i * kColumns, p.dgate_TF, t, chunk);
-      this->write_chunk(dup + i * kColumns, p.dup_TF, t, chunk);
-    }
+    this->write_ragged(block, chunk, dgate_sums, p.dgate_TF);
+    this->write_ragged(block, chunk, dup_sums, p.dup_TF);
   }
 
-  // DoRA: the scale's gradient, and dy before the scale.
-  void unscale(const Side<S>& side,
-               const Tile& tile,
-               int64_t chunk,
-               const S* before,
-               S* dy,
-               void* dscale_EF) const {
-    if (side.scale_EF == nullptr) return;
-    const int64_t at = tile.expert * p.ffn + chunk * kColumns;
-    const S* scale = side.scale_EF + at;
-    S* dscale = static_cast<S*>(dscale_EF) + at;
-    for (int64_t m = 0; m < tile.end - tile.begin; ++m) {
-      for (int64_t j = 0; j < this->real(chunk); ++j) {
-        dscale[j] += dy[m * kColumns + j] * before[m * kColumns + j];
-        dy[m * kColumns + j] *= scale[j];
-      }
-    }
-  }
-
-  // da = B^T dy, s apart, and dB += dy (s a)^T.
-  void adapter(const Side<S>& side,
-               const Tile& tile,
-               int64_t chunk,
-               const S* dy,
-               const Buffer<S>& b_EFR,
-               const Buffer<S>& da,
-               const Buffer<S>& db_EFR) const {
-    if (side.a_NR == nullptr) return;
-    const int64_t at = this->matrix_at(tile.expert, chunk, 0);
-    const int64_t rows_size = (tile.end - tile.begin) * kRanks, stride = partial_rows_ * kRanks;
-    S* da_tile = &da[chunk * partial_size() + (tile.begin - first_row_) * kRanks];
-    for (int64_t block = 0; block < rank_blocks; ++block) {
-      std::fill_n(da_tile + block * stride, rows_size, S(0));
-    }
-    this->shrink_tile(tile, dy, &b_EFR[at], da_tile, stride);
-    this->add_outer(tile, dy, side.a_NR.get(), &db_EFR[at]);
+  // da = B^T dy of a step and a chunk, s apart.
+  void add_da(const SideGradient& side,
+              const Tile& tile,
+              int64_t n,
+              int64_t chunk,
+              const Kept<P>* dy) const {
+    if (side.b == nullptr) return;
+    S* da = &side.da[(chunk * partial_rows_ + n - first_row_) * R];
+    std::fill_n(da, kRows * R, S(0));
+    const P* b = &side.b[this->by_feature_at(tile.expert, chunk * this->width)];
+    this->reduce_features(dy, b, chunk, da);
   }
 
   // Of rows first_row_ .. end - 1: their sums over F.
   void add_partials(int64_t end) const {
-    const S s = static_cast<S>(p.scaling);
     const auto add_row = [&](int64_t row, int64_t slot) {
       S dweight = 0;
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         dweight += dweight_[chunk * partial_rows_ + row];
       }
       static_cast<S*>(p.dweight_TK)[slot] = dweight;
-      for (auto [partial, da_TKR] :
-           {std::pair{da_gate_.get(), p.da_gate_TKR}, {da_up_.get(), p.da_up_TKR}}) {
-        for (int64_t block = 0; da_TKR != nullptr && block < rank_blocks; ++block) {
-          S total[kRanks] = {};
-          const S* more = partial + (block * partial_rows_ + row) * kRanks;
-          for (int64_t chunk = 0; chunk < chunks; ++chunk, more += partial_size()) {
-            for (int64_t r = 0; r < kRanks; ++r) total[r] += more[r];
-          }
-          S* to = static_cast<S*>(da_TKR) + slot * p.rank + block * kRanks;
-          for (int64_t r = 0; r < this->real_ranks(block); ++r) to[r] = s * total[r];
+      for (const SideGradient* side : {&gate_, &up_}) {
+        if (side->da == nullptr) continue;
+        S* to = static_cast<S*>(side->da_TKR) + slot * p.rank;
+        std::fill_n(to, p.rank, S(0));
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+          const S* more = &side->da[(chunk * partial_rows_ + row) * R];
+          for (int64_t r = 0; r < p.rank; ++r) to[r] += more[r];
         }
+        for (int64_t r = 0; r < p.rank; ++r) to[r] *= static_cast<S>(p.scaling);
       }
     };
     const int64_t size = rows_per_chunk(chunks * (2 * p.rank + 1));
     parallel_chunks(end - first_row_, size, [&](int64_t i0, int64_t i1) {
       for (int64_t i = i0; i < i1; ++i) {
-        if (const int64_t slot = rows.slot_N[first_row_ + i]; slot >= 0) add_row(i, slot);
+        if (const int64_t slot = rows.all[first_row_ + i].slot; slot >= 0) add_row(i, slot);
       }
     });
   }

@@ -6,97 +6,115 @@ namespace {
 
 constexpr int64_t kStripChunks = 4;  // the sums of z are for so many
 
-// h = act(gate) up, in gate's place; sum += weight h.
-template <Activation kAct, class S>
-void activate_row(S* gate, const S* up, S weight, S* sum, Ahead<2> ahead) {
-  for (int64_t j = 0; j < kColumns; j += kWidth<S>) {
-    ahead.fetch(j);
-    Vec<S> value, slope;
-    activate<kAct>(load(gate + j), value, slope);
-    value *= load(up + j);
-    store(gate + j, value);
-    store(sum + j, load(sum + j) + splat(weight) * value);
-  }
-}
-
-template <class S, int kRanks>
-class Forward : Glu<S, kRanks> {
-  using Base = Glu<S, kRanks>;
-  using Base::p, Base::rank_blocks, Base::chunks, Base::rows, Base::N, Base::has_down;
+template <class T, class P>
+class Forward : Glu<T, P> {
+  using Base = Glu<T, P>;
+  using Base::p, Base::chunks, Base::rows, Base::N, Base::R, Base::has_down, Base::kW;
+  using typename Base::S;
 
  public:
-  explicit Forward(const SharedGluParams& params) : Base(params) {
-    with_activation(p.act, [&](auto kAct) { activate_row_ = activate_row<kAct, S>; });
+  explicit Forward(const SharedGluParams& params) : Base(params, kRows) {
+    with_activation(p.act, [&](auto kAct) { activate_rows_ = activate_rows<kAct>; });
   }
 
   void run() {
     const int64_t strips = (chunks + kStripChunks - 1) / kStripChunks;
-    const int64_t z_size = N * rank_blocks * kRanks;
-    if (has_down) {
-      a_down_EFR_ = this->a_matrices(p.a_down_ERF, true);
-      z_NR_ = buffer<S>(strips * z_size);
-    }
+    a_down_ = this->a_by_feature(p.a_down_ERF);
+    z_NR_ = buffer<S>(has_down ? strips * N * R : 0);
     parallel_for(rows.blocks.size() * strips, [&](int64_t i) {
       const int64_t strip = i % strips, first = strip * kStripChunks;
-      strip_of_block(rows.blocks[i / strips],
-                     first,
-                     std::min(chunks, first + kStripChunks),
-                     has_down ? &z_NR_[strip * z_size] : nullptr);
+      const int64_t last = std::min(chunks, first + kStripChunks);
+      strip_of_block(rows.blocks[i / strips], first, last, z_NR_.get() + strip * N * R);
     });
-    if (has_down) add_strips(strips, z_size);
+    this->write_idle(p.hbar_TF);
+    if (has_down) add_strips(strips);
   }
 
  private:
-  void (*activate_row_)(S*, const S*, S, S*, Ahead<2>);
-  Buffer<S> a_down_EFR_;
+  struct Step {
+    int64_t columns;
+    Products<P, 2> products;
+    SideRows<T> gate, up;
+    Ahead<T, 2> ahead;
+    TokenSum<T> hbar[kRows];
+    S weight[kRows];
+    const S* mask;
+    Kept<P>* h;  // [kRows, kStride]
+  };
+
+  void (*activate_rows_)(const Step&);
+  Buffer<P> a_down_;
   Buffer<S> z_NR_;  // strip by strip
 
-  void strip_of_block(const Block& block, int64_t first, int64_t last, S* z_NR) const {
-    const int64_t tile_size = kTileRows * kColumns, sums_size = (block.tokens + 1) * kColumns;
-    const auto buffers = buffer<S>(2 * tile_size + sums_size);
-    S *gate = buffers.get(), *up = gate + tile_size, *sums = up + tile_size;
-    for (int64_t i = 0; has_down && i < rank_blocks; ++i) {
-      std::fill(z_NR + this->row_at(block.begin, i), z_NR + this->row_at(block.end, i), S(0));
-    }
-    for (int64_t chunk = first; chunk < last; ++chunk) {
-      std::fill(sums, sums + sums_size, S(0));
-      for (const Tile& tile : block.tiles) {
-        this->side_rows(this->gate, tile, chunk, gate, nullptr);
-        this->side_rows(this->up, tile, chunk, up, nullptr);
-        for (int64_t n = tile.begin; n < tile.end; ++n) {
-          const int64_t m = (n - tile.begin) * kColumns;
-          S* sum = sums + rows.place_N[n] * kColumns;
-          const auto ahead = this->ahead_of(block, n, chunk, {p.gate_TF, p.up_TF});
-          activate_row_(gate + m, up + m, this->weight_of(n), sum, ahead);
-          if (has_down && p.dropout > 0) this->drop(gate + m, n, chunk);
+  // h = act(gate) up, and weight h for hbar.
+  template <Activation kAct>
+  static void activate_rows(const Step& step) {
+    for (int64_t f0 = 0; f0 < step.columns; f0 += kStepVectors * kW) {
+      Vec<S> product[kStepVectors][2][kRows];
+      step.products.at(f0, product);
+      for (int v = 0; v < kStepVectors; ++v) {
+        const int64_t f = f0 + v * kW;
+        step.ahead.fetch(f);
+#pragma GCC unroll 8
+        for (int m = 0; m < kRows; ++m) {
+          Vec<S> h, slope, before;
+          activate<kAct, Kept<P>>(step.gate.at(m, f, product[v][0][m], before), h, slope);
+          h *= step.up.at(m, f, product[v][1][m], before);
+          step.hbar[m].add(f, splat(step.weight[m]) * h);
+          if (step.mask != nullptr) h *= load(step.mask + m * kStride + f);
+          store(step.h + m * kStride + f, h);
         }
-        if (!has_down) continue;
-        const S* a_down = &a_down_EFR_[this->matrix_at(tile.expert, chunk, 0)];
-        this->shrink_tile(tile, gate, a_down, z_NR + this->row_at(tile.begin, 0), N * kRanks);
-      }
-      for (int64_t i = 0; i < block.tokens; ++i) {
-        const int64_t t = p.token_order_T[block.first_token + i];
-        this->write_chunk(sums + i * kColumns, p.hbar_TF, t, chunk);
       }
     }
   }
 
-  void add_strips(int64_t strips, int64_t z_size) const {
+  void strip_of_block(const Block& block, int64_t first, int64_t last, S* z_NR) const {
+    const auto sums = buffer<S>((block.tokens + 1) * kStride);
+    const auto mask = buffer<S>(kRows * kStride);
+    const auto copies = buffer<T>(2 * kRows * kStride);
+    const auto h = buffer<Kept<P>>(kRows * kStride);
+    if (has_down) std::fill(z_NR + block.begin * R, z_NR + block.end * R, S(0));
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      for (const Tile& tile : block.tiles) {
+        const int64_t n = tile.begin;
+        T* up_copies = copies.get() + kRows * kStride;
+        Step step{.columns = this->padded_columns(chunk),
+                  .products = this->template products<2>({{this->gate.a.get(), this->gate.b.get()},
+                                                          {this->up.a.get(), this->up.b.get()}},
+                                                         tile,
+                                                         n,
+                                                         chunk),
+                  .gate = this->side_rows(this->gate, tile, n, chunk, copies.get()),
+                  .up = this->side_rows(this->up, tile, n, chunk, up_copies),
+                  .ahead = this->template ahead<2>(
+                      {this->gate.base_TF, this->up.base_TF}, block, n + kRows, chunk),
+                  .mask = this->draw_mask(n, chunk, mask.get()),
+                  .h = h.get()};
+        for (int m = 0; m < kRows; ++m) {
+          step.hbar[m] = this->token_sum(n + m, chunk, sums.get(), p.hbar_TF);
+          step.weight[m] = this->weight_of(n + m);
+        }
+        activate_rows_(step);
+        if (!has_down) continue;
+        const P* a_down = &a_down_[this->by_feature_at(tile.expert, chunk * this->width)];
+        this->reduce_features(h.get(), a_down, chunk, z_NR + n * R);
+      }
+      this->write_ragged(block, chunk, sums.get(), p.hbar_TF);
+    }
+  }
+
+  void add_strips(int64_t strips) const {
     S* z_TKR = static_cast<S*>(p.z_TKR);
     for (int64_t slot = 0; slot < p.tokens * p.slots; ++slot) {
       if (p.expert_TK[slot] < 0) std::fill_n(z_TKR + slot * p.rank, p.rank, S(0));
     }
     parallel_chunks(N, rows_per_chunk(strips * p.rank), [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
-        if (rows.slot_N[n] < 0) continue;
-        for (int64_t block = 0; block < rank_blocks; ++block) {
-          S* z = z_TKR + rows.slot_N[n] * p.rank + block * kRanks;
-          const S* more = &z_NR_[this->row_at(n, block)];
-          for (int64_t strip = 0; strip < strips; ++strip, more += z_size) {
-            for (int64_t r = 0; r < this->real_ranks(block); ++r) {
-              z[r] = (strip == 0 ? 0 : z[r]) + more[r];
-            }
-          }
+        if (rows.all[n].slot < 0) continue;
+        S* z = z_TKR + rows.all[n].slot * p.rank;
+        for (int64_t strip = 0; strip < strips; ++strip) {
+          const S* more = &z_NR_[(strip * N + n) * R];
+          for (int64_t r = 0; r < p.rank; ++r) z[r] = (strip == 0 ? 0 : z[r]) + more[r];
         }
       }
     });

@@ -22,6 +22,8 @@ Given dhbar and dz, with nothing of size T x K x F saved (gate_k, up_k, h_k are 
     DoRA: dm1_e = sum dgate_k * (gate_k before m1), and m1_e dgate_k stands for dgate_k above
 
 gate, up: fp64, fp32, bf16 or fp16; the arithmetic inside is fp32 (fp64 for fp64), z and dg too.
+Beside bf16, a processor with products of bf16, as tensor cores, takes factors rounded to bf16 and
+sums in fp32.
 A projection without adapter passes None for its two tensors. Empty slots (-1) add nothing and
 have z = 0. Dropout on h_k before A2 is drawn by Philox from `seed`, an int64 scalar tensor.
 """

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixlora import ops
+from mixlora import _C, ops
 from mixlora.ops.philox import keep_mask
 from tests.kernels import every_instruction_set, only_cpu, poisoned, said_with, slow_cuda
 from tests.numerics import assert_close, assert_close_to_ref64
@@ -255,7 +255,7 @@ def test_low_precision(dtype: torch.dtype, load: str, dropout: float, kernels: s
     tensors[7] = tensors[7].float()  # routing is fp32 whatever the model's dtype
     options = "silu", dropout, SEED
     native = with_gradients(ops.shared_glu, tensors, plan, *options)
-    ref = with_gradients(reference_of(kernels), tensors, plan, *options)
+    ref = with_gradients(reference_of(kernels, dtype), tensors, plan, *options)
     assert native["hbar"].dtype == native["d_gate"].dtype == native["d_a_gate"].dtype == dtype
     assert native["z"].dtype == native["d_weight"].dtype == torch.float32
 
@@ -295,10 +295,12 @@ def plain(
     return hbar_TF, z_NR.unflatten(0, (T, K)).float()
 
 
-def reference_of(kernels: str):
-    """Whose error in low precision the kernels' may be twice: tensor cores multiply numbers that
-    are rounded to the dtype, the CPU's are fp32."""
-    return ops.shared_glu_ref if kernels == "cpu" else plain
+def reference_of(kernels: str, dtype: torch.dtype):
+    """Whose error in low precision the kernels' may be twice: tensor cores, and a CPU's products of
+    bf16, multiply numbers that are rounded to the dtype; else the CPU's are fp32."""
+    multiplies_bf16 = _C.build_info()["instruction_set"] == "avx512_bf16"
+    rounds = kernels != "cpu" or (multiplies_bf16 and dtype == torch.bfloat16)
+    return plain if rounds else ops.shared_glu_ref
 
 
 # T, K, E, load, F, R
@@ -331,7 +333,7 @@ def test_edges(T: int, K: int, E: int, load: str, F: int, R: int, dtype, kernels
     with poisoned():
         native = with_gradients(ops.shared_glu, tensors, plan, *options)
         again = with_gradients(ops.shared_glu, tensors, plan, *options)
-    reference = ops.shared_glu_ref if dtype == torch.float32 else reference_of(kernels)
+    reference = ops.shared_glu_ref if dtype == torch.float32 else reference_of(kernels, dtype)
     ref = with_gradients(reference, tensors, plan, *options)
     ref64 = with_double_gradients(tensors, plan, native, *options)
     for name, value in native.items():
@@ -362,7 +364,7 @@ def test_adapter_in_fp32_around_a_model_in_bfloat16(kernels: str) -> None:
     tensors[4:] = [x.float() for x in tensors[4:]]
     native = with_gradients(ops.shared_glu, tensors, plan)
     assert native["d_b_gate"].dtype == native["d_a_down"].dtype == torch.float32
-    ref = with_gradients(reference_of(kernels), tensors, plan)
+    ref = with_gradients(reference_of(kernels, torch.bfloat16), tensors, plan)
     ref64 = with_double_gradients(tensors, plan, native)
     for name, value in native.items():
         assert_close_to_ref64(value, ref[name], ref64[name], factor=3 if "d_" in name else 2)
