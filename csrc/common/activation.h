@@ -1,6 +1,10 @@
 // The gated feed-forward's activations on vectors, and their derivatives.
 #pragma once
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 
 #include "common/activations.h"

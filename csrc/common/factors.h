@@ -8,6 +8,10 @@
 // Kept<P> is the type of one such number in memory: a row of them is a row of factors too.
 #pragma once
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "common/low_rank.h"
 
 namespace mixlora::MIXLORA_ISA {
@@ -43,7 +47,18 @@ INLINE void store_factors(S* p, const V (&x)[1]) {
   store(p, x[0]);
 }
 
+// As `store`, but bf16 by the processor where it can: that takes one instruction, not ten, and
+// makes 0 of what is too small for a normal number.
+template <class T, class V>
+INLINE void store_normal(T* p, V x) {
+  store(p, x);
+}
+
 #if defined(__AVX512BF16__)
+INLINE void store_normal(Bf16* p, Vec<float> x) {
+  const auto narrow = _mm512_cvtneps_pbh((__m512)x);
+  memcpy(p, &narrow, sizeof narrow);
+}
 INLINE Bits32 load_factors(const Bf16Pair* p) {
   Bits32 x;
   memcpy(&x, p, sizeof x);

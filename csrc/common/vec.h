@@ -11,10 +11,6 @@
 //   });
 #pragma once
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -116,17 +112,12 @@ INLINE void in_register(V& x) {
 INLINE void store(float* p, Vec<float> x) { memcpy(p, &x, sizeof x); }
 INLINE void store(double* p, Vec<double> x) { memcpy(p, &x, sizeof x); }
 INLINE void store(Bf16* p, Vec<float> x) {
-#if defined(__AVX512BF16__)
-  const auto narrow = _mm512_cvtneps_pbh((__m512)x);
-  memcpy(p, &narrow, sizeof narrow);
-#else
   const Bits32 bits = (Bits32)x;
   const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Bits32 is_nan = (Bits32)(x != x);
   const Bits32 chosen = (is_nan & ((bits >> 16) | 0x40)) | (~is_nan & rounded);
   const Bits16 narrow_bits = __builtin_convertvector(chosen, Bits16);
   memcpy(p, &narrow_bits, sizeof narrow_bits);
-#endif
 }
 // Below 2^-14, adding 0.5 makes the processor round to units of 2^-24.
 INLINE void store(Fp16* p, Vec<float> x) {

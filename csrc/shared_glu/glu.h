@@ -180,7 +180,7 @@ struct TokenSum {
     if (out == nullptr) {
       store(sum + f, total);
     } else {
-      store(out + f, total);
+      store_normal(out + f, total);
     }
   }
 };

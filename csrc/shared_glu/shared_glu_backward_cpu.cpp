@@ -176,8 +176,8 @@ class Backward : Glu<T, P> {
             step.dgate[m].add(f, dgate[i]);
             step.dup[m].add(f, dup[i]);
             if constexpr (kTerms<P> > 1) {
-              store(step.dgate_kept + m * kStride + f, dgate[i]);
-              store(step.dup_kept + m * kStride + f, dup[i]);
+              store_normal(step.dgate_kept + m * kStride + f, dgate[i]);
+              store_normal(step.dup_kept + m * kStride + f, dup[i]);
             }
           }
           const int64_t at = m0 / kTerms<P> * kStride + f;

@@ -62,7 +62,7 @@ class Forward : Glu<T, P> {
           h *= step.up.at(m, f, product[v][1][m], before);
           step.hbar[m].add(f, splat(step.weight[m]) * h);
           if (step.mask != nullptr) h *= load(step.mask + m * kStride + f);
-          store(step.h + m * kStride + f, h);
+          store_normal(step.h + m * kStride + f, h);
         }
       }
     }
