@@ -380,7 +380,7 @@ class Glu {
       found[m] = std::copy_n(found[m], columns_of(chunk), copies) - columns_of(chunk);
     }
   }
-  // Of the step that takes the place of n's in the next tile.
+  // Of the step that begins with row n, be it the next one.
   template <int kTensors>
   Ahead<T, kTensors> ahead(const T* const (&x_TF)[kTensors],
                            const Block& block,
