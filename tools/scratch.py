@@ -8,7 +8,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ISA_FLAGS = {"default": "", "avx2": "-mavx2 -mfma -mf16c"}  # setup.py's
+AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
+ISA_FLAGS = {  # setup.py's
+    "default": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": AVX512,
+    "avx512_bf16": AVX512 + " -mavx512bf16",
+}
 COPIED = "benchmarks csrc mixlora models tests setup.py train.py pyproject.toml README.md".split()
 
 
@@ -34,8 +40,9 @@ def copy_tree(to: Path) -> None:
 
 
 def best_isa() -> str:
-    flags = Path("/proc/cpuinfo").read_text() if os.uname().machine == "x86_64" else ""
-    return "avx2" if {"avx2", "fma", "f16c"} <= set(flags.split()) else "default"
+    cpu = Path("/proc/cpuinfo").read_text() if os.uname().machine == "x86_64" else ""
+    options = {"-m" + flag.replace("_", "") for flag in cpu.split()}
+    return [isa for isa, flags in ISA_FLAGS.items() if set(flags.split()) <= options][-1]
 
 
 def build(tree: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess:

@@ -5,14 +5,17 @@
 //   pack             to[x / kTerms][y] = from[x][y]
 //   pack_transposed  to[y / kTerms][x] = from[x][y]
 //
-// Kept<P> is the type of one such number in memory: a row of them is a row of factors too.
+// Kept<P> is the type of one such number in memory: a row of them is a row of factors too. SumOf<P>
+// is that of sums.
 #pragma once
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
-#include "common/low_rank.h"
+#include <algorithm>
+
+#include "common/vec.h"
 
 namespace mixlora::MIXLORA_ISA {
 
@@ -24,6 +27,13 @@ template <class P>
 inline constexpr int kTerms = std::is_same_v<P, Bf16Pair> ? 2 : 1;
 template <class P>
 using Kept = std::conditional_t<std::is_same_v<P, Bf16Pair>, Bf16, P>;
+template <class P>
+using SumOf = Wide<Kept<P>>;
+// Of numbers of J terms in a row.
+template <class P>
+INLINE int64_t num_factors(int64_t J) {
+  return (J + kTerms<P> - 1) / kTerms<P>;
+}
 
 #if defined(__AVX512BF16__)
 template <class T>
@@ -41,6 +51,11 @@ INLINE Vec<S> load_factors(const S* p) {
 template <class S, class V>
 INLINE V add_product(const S* c, V a, V sum) {
   return splat(*c) * a + sum;
+}
+// sum + x a, lane by lane.
+template <class V>
+INLINE V add_lanes(V x, V a, V sum) {
+  return x * a + sum;
 }
 template <class S, class V>
 INLINE void store_factors(S* p, const V (&x)[1]) {
@@ -69,6 +84,9 @@ INLINE Vec<float> add_product(const Bf16Pair* c, Bits32 a, Vec<float> sum) {
   asm("vdpbf16ps %1%{1to16%}, %2, %0" : "+v"(sum) : "m"(*c), "v"(a));
   return sum;
 }
+INLINE Vec<float> add_lanes(Bits32 x, Bits32 a, Vec<float> sum) {
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)a);
+}
 INLINE void store_factors(Bf16Pair* p, const Vec<float> (&x)[2]) {
   typedef uint16_t Words __attribute__((vector_size(kVectorBytes)));
   Words turns;
@@ -80,17 +98,47 @@ INLINE void store_factors(Bf16Pair* p, const Vec<float> (&x)[2]) {
 #endif
 
 // Rows and columns that are not there count as zero: all of X rounded up to kTerms rows and Y to
-// whole vectors is written.
-template <class P, class S>
-void pack(const S* from, int64_t X, int64_t Y, int64_t from_stride, P* to, int64_t to_stride) {
+// whole vectors is written. row(x) points to Y numbers.
+template <class P, class Row>
+INLINE void pack_rows(int64_t X, int64_t Y, const Row& row, P* to, int64_t to_stride) {
+  using From = std::remove_cvref_t<decltype(*row(0))>;
   for (int64_t x = 0; x < X; x += kTerms<P>, to += to_stride) {
-    for_each_vector<S>(Y, [&](int64_t y, auto n) {
-      Vec<S> rows[kTerms<P>] = {};
-      for (int i = 0; i < kTerms<P> && x + i < X; ++i) {
-        rows[i] = load_part(from + (x + i) * from_stride + y, n);
+    const From* from[kTerms<P>] = {};
+    for (int i = 0; i < kTerms<P> && x + i < X; ++i) from[i] = row(x + i);
+    for_each_vector<From>(Y, [&](int64_t y, auto n) {
+      Vec<SumOf<P>> rows[kTerms<P>] = {};
+      for (int i = 0; i < kTerms<P>; ++i) {
+        if (from[i] != nullptr) rows[i] = load_part(from[i] + y, n);
       }
       store_factors(to + y, rows);
     });
+  }
+}
+template <class P, class From>
+void pack(const From* from, int64_t X, int64_t Y, int64_t from_stride, P* to, int64_t to_stride) {
+  pack_rows(X, Y, [&](int64_t x) { return from + x * from_stride; }, to, to_stride);
+}
+
+// to[j][i] = from[i][j]; the rest of a row of `to` is kept.
+template <class S>
+void transpose(
+    const S* from, int64_t rows, int64_t columns, int64_t from_stride, S* to, int64_t to_stride) {
+  constexpr int64_t kW = kWidth<S>;
+  for (int64_t i = 0; i < rows; i += kW) {
+    for (int64_t j = 0; j < columns; j += kW) {
+      if (i + kW <= rows && j + kW <= columns) {
+        Vec<S> tile[kW];
+        for (int n = 0; n < kW; ++n) tile[n] = load(from + (i + n) * from_stride + j);
+        transpose_vectors<S>(tile);
+        for (int n = 0; n < kW; ++n) store(to + (j + n) * to_stride + i, tile[n]);
+        continue;
+      }
+      for (int64_t n = j; n < std::min(j + kW, columns); ++n) {
+        for (int64_t m = i; m < std::min(i + kW, rows); ++m) {
+          to[n * to_stride + m] = from[m * from_stride + n];
+        }
+      }
+    }
   }
 }
 

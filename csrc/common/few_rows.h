@@ -107,28 +107,24 @@ void few_rows_shrink(const S* const* x_N,
 }
 
 // Whole vectors, w_o being `ranks` of them.
-template <class W, class S>
-INLINE Vec<S> few_rows_dot(const S* a, const W* w_o, int64_t ranks) {
-  Vec<S> sum{};
-  for (int64_t r = 0; r < ranks; r += kWidth<S>) sum = load(a + r) * load(w_o + r) + sum;
+template <class A, class W>
+INLINE Vec<Wide<W>> few_rows_dot(const A* a, const W* w_o, int64_t ranks) {
+  Vec<Wide<W>> sum{};
+  for (int64_t r = 0; r < ranks; r += kWidth<W>) sum = load(a + r) * load(w_o + r) + sum;
   return sum;
 }
 
 // y_N[n][o] += <a_N[n], w_OR[o]>; R is a multiple of kWidth.
-template <class W, class S>
+template <class A, class W, class S>
 void few_rows_expand(
-    const S* const* a_N, int64_t N, const W* w_OR, int64_t O, int64_t R, S* const* y_N) {
+    const A* const* a_N, int64_t N, const W* w_OR, int64_t O, int64_t R, S* const* y_N) {
   constexpr int kW = kWidth<S>;
   int64_t o = 0;
   for (; o + kW <= O; o += kW) {
     for (int64_t n = 0; n < N; ++n) {
       Vec<S> sums[kW];
       for (int i = 0; i < kW; ++i) sums[i] = few_rows_dot(a_N[n], w_OR + (o + i) * R, R);
-      transpose_vectors<S>(sums);
-      for (int width = kW / 2; width > 0; width /= 2) {
-        for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
-      }
-      store(y_N[n] + o, load(y_N[n] + o) + sums[0]);
+      store(y_N[n] + o, load(y_N[n] + o) + lane_sums<S>(sums, kW));
     }
   }
   for (; o < O; ++o) {

@@ -18,7 +18,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "common/vec.h"
+#include "common/factors.h"
 
 namespace mixlora::MIXLORA_ISA {
 
@@ -31,7 +31,7 @@ inline constexpr int kAhead = 8;  // rows to prefetch
 
 // In registers: a tile's sums, one row or column of vectors, and one more.
 inline constexpr int kShrinkRows = kVectorBytes == 64 ? 6 : 3, kShrinkRanks = 4;
-inline constexpr int kTileSums = 12;  // 6 rows of 2 vectors, or 12 of 1
+inline constexpr int kTileSums = kVectorBytes == 64 ? 16 : 12;  // rows of 1 vector; half of 2
 
 inline constexpr int64_t kChain = 32;  // a longer sum is one of shorter ones: less rounding error
 
@@ -44,16 +44,6 @@ INLINE void with_constant(int64_t n, const Body& body) {
   body(std::integral_constant<int, kMost>{});
 }
 
-template <class From, class To>
-INLINE void convert(const From* from, int64_t count, To* to) {
-  if constexpr (std::is_same_v<From, To>) {
-    std::copy_n(from, count, to);  // of nothing too, wherever that is
-  } else {
-    for_each_vector<From>(
-        count, [&](int64_t i, auto n) { store_part(to + i, load_part(from + i, n), n); });
-  }
-}
-
 // Rows lie on pages of their own, where no prefetcher of the processor foresees them.
 template <class T>
 INLINE void prefetch(const T* from, int64_t count) {
@@ -64,25 +54,25 @@ INLINE void prefetch(const T* from, int64_t count) {
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // `to` gets `count` numbers, then zeros up to `padded`.
-template <class T>
-INLINE void copy_padded(const T* from, int64_t count, int64_t padded, Wide<T>* to) {
+template <class From, class To>
+INLINE void copy_padded(const From* from, int64_t count, int64_t padded, To* to) {
   convert(from, count, to);
-  std::fill(to + count, to + padded, Wide<T>(0));
+  std::fill(to + count, to + padded, To{});
 }
 
 // sums[m][r] += x[m] * a_r, lane by lane.
-template <int kRows, int kRanks, class S>
-INLINE void shrink_tile(const S* const* x, const S* a, int64_t columns, Vec<S>* sums) {
-  Vec<S> sum[kRows][kRanks];
+template <int kRows, int kRanks, class P>
+INLINE void shrink_tile(const P* const* x, const P* a, int64_t factors, Vec<SumOf<P>>* sums) {
+  Vec<SumOf<P>> sum[kRows][kRanks];
   for (int m = 0; m < kRows; ++m) {
     for (int r = 0; r < kRanks; ++r) sum[m][r] = sums[m * kBlockRanks + r];
   }
-  for (int64_t i = 0; i < columns; i += kWidth<S>) {
-    Vec<S> x_i[kRows];
-    for (int m = 0; m < kRows; ++m) x_i[m] = load(x[m] + i);
+  for (int64_t i = 0; i < factors; i += kWidth<SumOf<P>>) {
+    decltype(load_factors(a)) x_i[kRows];
+    for (int m = 0; m < kRows; ++m) x_i[m] = load_factors(x[m] + i);
     for (int r = 0; r < kRanks; ++r) {
-      const Vec<S> a_i = load(a + r * kBlockColumns + i);
-      for (int m = 0; m < kRows; ++m) sum[m][r] = x_i[m] * a_i + sum[m][r];
+      const auto a_i = load_factors(a + r * kBlockColumns / kTerms<P> + i);
+      for (int m = 0; m < kRows; ++m) sum[m][r] = add_lanes(x_i[m], a_i, sum[m][r]);
     }
   }
   for (int m = 0; m < kRows; ++m) {
@@ -90,21 +80,25 @@ INLINE void shrink_tile(const S* const* x, const S* a, int64_t columns, Vec<S>* 
   }
 }
 
-// Not inlined: one copy serves all types that widen to S.
-template <class S>
-__attribute__((noinline)) void shrink_tiles(
-    const S* const* x, int64_t rows, const S* a, int64_t ranks, int64_t columns, Vec<S>* sums) {
+// Not inlined: one copy serves all types of the same factors.
+template <class P>
+__attribute__((noinline)) void shrink_tiles(const P* const* x,
+                                            int64_t rows,
+                                            const P* a,
+                                            int64_t ranks,
+                                            int64_t factors,
+                                            Vec<SumOf<P>>* sums) {
   with_constant<kShrinkRows>(rows, [&](auto kRows) {
     for (int64_t r = 0; r < ranks; r += kShrinkRanks) {
       with_constant<kShrinkRanks>(ranks - r, [&](auto kRanks) {
-        shrink_tile<kRows, kRanks>(x, a + r * kBlockColumns, columns, sums + r);
+        shrink_tile<kRows, kRanks>(x, a + r * kBlockColumns / kTerms<P>, factors, sums + r);
       });
     }
   });
 }
 
 // z_NR[n, r] = scale * <x_N[n], a_RI[r]> for N <= kBlockRows. A block of columns at a time, A's are
-// copied once for all rows; a row is read in place unless it must be widened or padded.
+// copied once for all rows; a row is read in place unless it must be converted or padded.
 template <class X, class A>
 void shrink(const X* const* x_N,
             int64_t N,
@@ -114,14 +108,16 @@ void shrink(const X* const* x_N,
             Wide<X> scale,
             Wide<X>* z_NR) {
   using S = Wide<X>;
-  alignas(64) S a[kBlockRanks * kBlockColumns], x_copy[kShrinkRows * kBlockColumns];
+  using P = std::conditional_t<std::is_same_v<X, A>, FactorOf<X>, S>;
+  using K = Kept<P>;
+  alignas(64) K a[kBlockRanks * kBlockColumns], x_copy[kShrinkRows * kBlockColumns];
   Vec<S> sums[kBlockRows * kBlockRanks];
   for (int64_t r0 = 0; r0 < R; r0 += kBlockRanks) {
     const int64_t ranks = std::min<int64_t>(kBlockRanks, R - r0);
     std::fill(sums, sums + N * kBlockRanks, Vec<S>{});
     for (int64_t i0 = 0; i0 < I; i0 += kBlockColumns) {
       const int64_t columns = std::min<int64_t>(kBlockColumns, I - i0);
-      const int64_t padded = round_up(columns, kWidth<S>);
+      const int64_t padded = round_up(columns, kWidth<S> * kTerms<P>);
       for (int64_t r = 0; r < ranks; ++r) {
         copy_padded(a_RI + (r0 + r) * I + i0, columns, padded, a + r * kBlockColumns);
       }
@@ -130,30 +126,32 @@ void shrink(const X* const* x_N,
         for (int64_t m = n + kShrinkRows; m < std::min<int64_t>(n + 2 * kShrinkRows, N); ++m) {
           prefetch(x_N[m] + i0, columns);
         }
-        const S* x[kShrinkRows] = {};
+        const P* x[kShrinkRows] = {};
         for (int64_t m = 0; m < rows; ++m) {
-          if constexpr (std::is_same_v<X, S>) {
-            x[m] = x_N[n + m] + i0;
-            if (columns == padded) continue;
+          const void* row = x_N[n + m] + i0;
+          if (!std::is_same_v<X, K> || columns != padded) {
+            row = x_copy + m * kBlockColumns;
+            copy_padded(x_N[n + m] + i0, columns, padded, x_copy + m * kBlockColumns);
           }
-          copy_padded(x_N[n + m] + i0, columns, padded, x_copy + m * kBlockColumns);
-          x[m] = x_copy + m * kBlockColumns;
+          x[m] = static_cast<const P*>(row);
         }
-        shrink_tiles(x, rows, a, ranks, padded, sums + n * kBlockRanks);
+        const P* a_factors = reinterpret_cast<const P*>(a);
+        shrink_tiles(x, rows, a_factors, ranks, padded / kTerms<P>, sums + n * kBlockRanks);
       }
     }
     for (int64_t n = 0; n < N; ++n) {
-      for (int64_t r = 0; r < ranks; ++r) {
-        z_NR[n * R + r0 + r] = scale * sum(sums[n * kBlockRanks + r]);
-      }
+      for_each_vector<S>(ranks, [&](int64_t r, auto count) {
+        store_part(
+            z_NR + n * R + r0 + r, scale * lane_sums<S>(sums + n * kBlockRanks + r, count), count);
+      });
     }
   }
 }
 
-// The numbers c(m, j) = at[m * row_stride + j * term_stride].
-template <class S>
+// The factors c(m, j) = at[m * row_stride + j * term_stride].
+template <class P>
 struct Coefficients {
-  const S* at;
+  const P* at;
   int64_t row_stride, term_stride;
 
   Coefficients from(int64_t m, int64_t j) const {
@@ -161,108 +159,88 @@ struct Coefficients {
   }
 };
 
-// y[m][i] = old[m][i] + sum_j c(m, j) a[j][i] for kVectors vectors of i.
-template <int kRows, int kVectors, class S>
-INLINE void panel_tile(Coefficients<S> c,
-                       const S* a,
-                       int64_t a_stride,
-                       int64_t terms,
-                       const S* const* old,
-                       int64_t i,
-                       S* y,
-                       int64_t y_stride) {
+// y_M[m][i] += sum_j c(m, j) a[j][i] for kVectors vectors of i.
+template <int kRows, int kVectors, class P, class S>
+INLINE void panel_tile(
+    Coefficients<P> c, const P* a, int64_t a_stride, int64_t factors, int64_t i, S* const* y_M) {
   Vec<S> sum[kRows][kVectors] = {};
-  for (int64_t j = 0; j < terms; ++j) {
-    Vec<S> a_j[kVectors];
-    for (int v = 0; v < kVectors; ++v) a_j[v] = load(a + i + v * kWidth<S>);
+  for (int64_t j = 0; j < factors; ++j) {
+    decltype(load_factors(a)) a_j[kVectors];
+    for (int v = 0; v < kVectors; ++v) a_j[v] = load_factors(a + i + v * kWidth<S>);
     for (int m = 0; m < kRows; ++m) {
-      const Vec<S> c_m = splat(c.at[m * c.row_stride]);
-      for (int v = 0; v < kVectors; ++v) sum[m][v] = c_m * a_j[v] + sum[m][v];
+      const P* c_m = c.at + m * c.row_stride;
+      for (int v = 0; v < kVectors; ++v) sum[m][v] = add_product(c_m, a_j[v], sum[m][v]);
     }
     a += a_stride;
     c.at += c.term_stride;
   }
   for (int m = 0; m < kRows; ++m) {
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t at = i + v * kWidth<S>;
-      store(y + m * y_stride + at, load(old[m] + at) + sum[m][v]);
+      S* y = y_M[m] + i + v * kWidth<S>;
+      store(y, load(y) + sum[m][v]);
     }
   }
 }
 
-template <int kRows, int kVectors, class S>
-void panel_rows(Coefficients<S> c,
-                const S* a,
-                int64_t a_stride,
-                int64_t J,
-                int64_t i0,
-                int64_t i1,
-                const S* const* from,
-                S* y,
-                int64_t y_stride) {
-  const S* old[kRows];
-  for (int m = 0; m < kRows; ++m) old[m] = from != nullptr ? from[m] : y + m * y_stride;
-  for (int64_t j = 0; j == 0 || j < J; j += kChain) {
-    for (int64_t i = i0; i < i1; i += kVectors * kWidth<S>) {
-      panel_tile<kRows, kVectors>(
-          c.from(0, j), a + j * a_stride, a_stride, std::min(kChain, J - j), old, i, y, y_stride);
-    }
-    for (int m = 0; m < kRows; ++m) old[m] = y + m * y_stride;
-  }
-}
-
-// y[m][i] = from[m][i] + sum_j c(m, j) a[j][i] for m < M, j < J and a multiple of kWidth columns;
-// without `from`, y[m][i] is added to. Not inlined: one copy serves all types that widen to S.
-template <class S>
-__attribute__((noinline)) void panel(Coefficients<S> c,
-                                     const S* a,
+// y_M[m][i] += sum_j c(m, j) a[j][i] for m < M, j < J factors and i < columns, a multiple of
+// kWidth. No y is that of two rows. Not inlined: one copy serves all types of the same factors.
+template <class P>
+__attribute__((noinline)) void panel(Coefficients<P> c,
+                                     const P* a,
                                      int64_t a_stride,
                                      int64_t M,
                                      int64_t J,
                                      int64_t columns,
-                                     S* y,
-                                     int64_t y_stride,
-                                     const S* const* from = nullptr) {
-  const auto rows = [&](auto kVectors, int64_t i0, int64_t i1) {
+                                     SumOf<P>* const* y_M) {
+  constexpr int64_t kW = kWidth<SumOf<P>>, kChainFactors = kChain / kTerms<P>;
+  const auto tiles = [&](auto kVectors, int64_t begin, int64_t end) {
     constexpr int kMost = kTileSums / kVectors;
-    for (int64_t m = 0; m < M && i0 < i1; m += kMost) {
+    for (int64_t m = 0; m < M && begin < end; m += kMost) {
       with_constant<kMost>(M - m, [&](auto kRows) {
-        panel_rows<kRows, kVectors>(c.from(m, 0),
-                                    a,
-                                    a_stride,
-                                    J,
-                                    i0,
-                                    i1,
-                                    from != nullptr ? from + m : nullptr,
-                                    y + m * y_stride,
-                                    y_stride);
+        for (int64_t j = 0; j < J; j += kChainFactors) {
+          const int64_t factors = std::min(kChainFactors, J - j);
+          for (int64_t i = begin; i < end; i += kVectors * kW) {
+            panel_tile<kRows, kVectors>(
+                c.from(m, j), a + j * a_stride, a_stride, factors, i, y_M + m);
+          }
+        }
       });
     }
   };
-  const int64_t pairs = columns / (2 * kWidth<S>)*(2 * kWidth<S>);
-  rows(std::integral_constant<int, 2>{}, 0, pairs);
-  rows(std::integral_constant<int, 1>{}, pairs, columns);
+  const int64_t pairs = columns / (2 * kW) * (2 * kW);
+  tiles(std::integral_constant<int, 2>{}, 0, pairs);
+  tiles(std::integral_constant<int, 1>{}, pairs, columns);
 }
 
-// y_m[i] = sum_j c(m, j) row(j)[i] for m < M, j < J, i < columns <= kPanelColumns; store(m, y_m)
-// takes each of them. The terms are summed kPanelRows at a time, which keeps long sums accurate.
-template <class S, class Row, class Store>
+// y_m[i] = sum_j c(m, j) row(j)[i] for m < M, j < J terms, i < columns <= kPanelColumns;
+// store(m, y_m) takes each of them. The terms are summed kPanelRows at a time, which keeps long
+// sums accurate.
+template <class P, class Row, class Store>
 void expand(
-    Coefficients<S> c, int64_t M, int64_t J, int64_t columns, const Row& row, const Store& store) {
-  alignas(64) S a[kPanelRows * kPanelColumns], y[kBlockRows * kPanelColumns];
+    Coefficients<P> c, int64_t M, int64_t J, int64_t columns, const Row& row, const Store& store) {
+  using S = SumOf<P>;
+  alignas(64) P a[kPanelRows / kTerms<P> * kPanelColumns];
+  alignas(64) S y[kBlockRows * kPanelColumns];
+  S* y_M[kBlockRows];
+  for (int64_t m = 0; m < kBlockRows; ++m) y_M[m] = y + m * kPanelColumns;
   const int64_t padded = round_up(columns, kWidth<S>);
   for (int64_t m0 = 0; m0 < M; m0 += kBlockRows) {
     const int64_t rows = std::min<int64_t>(kBlockRows, M - m0);
     std::fill(y, y + rows * kPanelColumns, S(0));
     for (int64_t j0 = 0; j0 < J; j0 += kPanelRows) {
       const int64_t terms = std::min<int64_t>(kPanelRows, J - j0);
-      for (int64_t j = 0; j < terms; ++j) {
-        if (j0 + j + kAhead < J) prefetch(row(j0 + j + kAhead), columns);
-        copy_padded(row(j0 + j), columns, padded, a + j * kPanelColumns);
-      }
-      panel(c.from(m0, j0), a, kPanelColumns, rows, terms, padded, y, kPanelColumns);
+      pack_rows(
+          terms,
+          columns,
+          [&](int64_t j) {
+            if (j0 + j + kAhead < J) prefetch(row(j0 + j + kAhead), columns);
+            return row(j0 + j);
+          },
+          a,
+          kPanelColumns);
+      panel(c.from(m0, j0 / kTerms<P>), a, kPanelColumns, rows, num_factors<P>(terms), padded, y_M);
     }
-    for (int64_t m = 0; m < rows; ++m) store(m0 + m, y + m * kPanelColumns);
+    for (int64_t m = 0; m < rows; ++m) store(m0 + m, y_M[m]);
   }
 }
 
@@ -271,46 +249,6 @@ template <class Body>
 void for_each_panel(int64_t features, const Body& body) {
   for (int64_t begin = 0; begin < features; begin += kPanelColumns) {
     body(begin, std::min<int64_t>(kPanelColumns, features - begin));
-  }
-}
-
-// y[j] = lane j of all x. Each round zips the first half of the vectors with the second.
-template <class S>
-INLINE void transpose_vectors(Vec<S>* x) {
-  constexpr int kW = kWidth<S>;
-  using Lanes = std::conditional_t<sizeof(S) == 4, Ints, Longs>;
-  Lanes low, high;
-  for (int i = 0; i < kW; ++i) low[i] = i / 2 + i % 2 * kW, high[i] = low[i] + kW / 2;
-  for (int round = 1; round < kW; round *= 2) {
-    Vec<S> y[kW];
-    for (int i = 0; i < kW / 2; ++i) {
-      y[2 * i] = __builtin_shuffle(x[i], x[i + kW / 2], low);
-      y[2 * i + 1] = __builtin_shuffle(x[i], x[i + kW / 2], high);
-    }
-    for (int i = 0; i < kW; ++i) x[i] = y[i];
-  }
-}
-
-// to[j][i] = from[i][j]; the rest of a row of `to` is kept.
-template <class S>
-void transpose(
-    const S* from, int64_t rows, int64_t columns, int64_t from_stride, S* to, int64_t to_stride) {
-  constexpr int64_t kW = kWidth<S>;
-  for (int64_t i = 0; i < rows; i += kW) {
-    for (int64_t j = 0; j < columns; j += kW) {
-      if (i + kW <= rows && j + kW <= columns) {
-        Vec<S> tile[kW];
-        for (int n = 0; n < kW; ++n) tile[n] = load(from + (i + n) * from_stride + j);
-        transpose_vectors<S>(tile);
-        for (int n = 0; n < kW; ++n) store(to + (j + n) * to_stride + i, tile[n]);
-        continue;
-      }
-      for (int64_t n = j; n < std::min(j + kW, columns); ++n) {
-        for (int64_t m = i; m < std::min(i + kW, rows); ++m) {
-          to[n * to_stride + m] = from[m * from_stride + n];
-        }
-      }
-    }
   }
 }
 

@@ -156,6 +156,16 @@ INLINE void for_each_vector(int64_t D, const Body& body) {
   if (d < D) body(d, D - d);
 }
 
+template <class From, class To>
+INLINE void convert(const From* from, int64_t count, To* to) {
+  if constexpr (std::is_same_v<From, To>) {
+    std::copy_n(from, count, to);  // of nothing too, wherever that is
+  } else {
+    for_each_vector<From>(
+        count, [&](int64_t i, auto n) { store_part(to + i, load_part(from + i, n), n); });
+  }
+}
+
 // All lanes as one by op(a, b), in a fixed order.
 template <class V, class Op>
 INLINE auto reduce(V x, const Op& op) {
@@ -175,6 +185,35 @@ INLINE auto sum(V x) {
 template <class V>
 INLINE auto max(V x) {
   return reduce(x, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// y[j] = lane j of all x. Each round zips the first half of the vectors with the second.
+template <class S>
+INLINE void transpose_vectors(Vec<S>* x) {
+  constexpr int kW = kWidth<S>;
+  using Lanes = std::conditional_t<sizeof(S) == 4, Ints, Longs>;
+  Lanes low, high;
+  for (int i = 0; i < kW; ++i) low[i] = i / 2 + i % 2 * kW, high[i] = low[i] + kW / 2;
+  for (int round = 1; round < kW; round *= 2) {
+    Vec<S> y[kW];
+    for (int i = 0; i < kW / 2; ++i) {
+      y[2 * i] = __builtin_shuffle(x[i], x[i + kW / 2], low);
+      y[2 * i + 1] = __builtin_shuffle(x[i], x[i + kW / 2], high);
+    }
+    for (int i = 0; i < kW; ++i) x[i] = y[i];
+  }
+}
+
+// Lane i is the sum of all lanes of x[i], as `sum` has it, for i < count.
+template <class S>
+INLINE Vec<S> lane_sums(const Vec<S>* x, int64_t count) {
+  Vec<S> sums[kWidth<S>] = {};
+  std::copy_n(x, count, sums);
+  transpose_vectors<S>(sums);
+  for (int width = kWidth<S> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
+  }
+  return sums[0];
 }
 
 // e^x, clamped to what a normal number holds; within 3 units in the last place.

@@ -18,31 +18,44 @@ void for_items(const GroupedShrinkParams& p, int64_t count, const auto& body) {
 
 int64_t num_panels(int64_t features) { return (features + kPanelColumns - 1) / kPanelColumns; }
 
-// Features [i, i + columns) of every rank of expert e, as if w were not transposed.
+// Features [i, i + columns) of every rank of expert e, as if w were not transposed; ranks are what
+// is summed over.
 template <class T>
 struct WeightPanel {
   const T* w;
   bool transposed;
   int64_t R, I;
 
-  void read(int64_t e, int64_t i, int64_t columns, Wide<T>* to_RI, int64_t stride) const {
+  template <class P>
+  void read(int64_t e, int64_t i, int64_t columns, P* to_RI, int64_t stride) const {
     if (!transposed) {
-      for (int64_t r = 0; r < R; ++r) convert(w + (e * R + r) * I + i, columns, to_RI + r * stride);
+      pack(w + e * R * I + i, R, columns, I, to_RI, stride);
       return;
     }
-    std::vector<Wide<T>> w_IR(columns * R);
-    convert(w + (e * I + i) * R, columns * R, w_IR.data());
-    transpose(w_IR.data(), columns, R, R, to_RI, stride);
+    // A row of ranks is one of factors, which move as the numbers do that are as large.
+    const int64_t padded = round_up(R, kTerms<P>);
+    std::vector<Kept<P>> w_IR(columns * padded);
+    for (int64_t c = 0; c < columns; ++c) {
+      convert(w + (e * I + i + c) * R, R, w_IR.data() + c * padded);
+    }
+    const int64_t J = num_factors<P>(R);
+    transpose(reinterpret_cast<const SumOf<P>*>(w_IR.data()),
+              columns,
+              J,
+              J,
+              reinterpret_cast<SumOf<P>*>(to_RI),
+              stride);
   }
 };
 
-// a of every row, in the order of rows.
-template <class T>
-std::vector<Wide<T>> rows_of_a(const GroupedShrinkParams& p) {
+// a of every row, in the order of rows, whose ranks are whole factors.
+template <class P, class T>
+std::vector<Kept<P>> rows_of_a(const GroupedShrinkParams& p) {
   const T* a_TKR = static_cast<const T*>(p.a_TKR);
-  std::vector<Wide<T>> a_NR(p.expert_start_E1[p.E] * p.R);
-  for (int64_t n = 0; n < p.expert_start_E1[p.E]; ++n) {
-    convert(a_TKR + p.row_slot_N[n] * p.R, p.R, a_NR.data() + n * p.R);
+  const int64_t N = p.expert_start_E1[p.E], padded = round_up(p.R, kTerms<P>);
+  std::vector<Kept<P>> a_NR(N * padded);
+  for (int64_t n = 0; n < N; ++n) {
+    convert(a_TKR + p.row_slot_N[n] * p.R, p.R, a_NR.data() + n * padded);
   }
   return a_NR;
 }
@@ -78,15 +91,20 @@ void shrink_rows(const GroupedShrinkParams& p, const auto* w_ERI) {
 
 // w the other way round, of experts that have rows.
 template <class T>
-std::unique_ptr<Wide<T>[]> turned(const GroupedShrinkParams& p) {
+std::unique_ptr<Kept<FactorOf<T>>[]> turned(const GroupedShrinkParams& p) {
+  using S = Wide<T>;
   const WeightPanel<T> w{static_cast<const T*>(p.w), true, p.R, p.I};
-  auto w_ERI = std::make_unique_for_overwrite<Wide<T>[]>(p.E * p.R * p.I);
+  auto w_ERI = std::make_unique_for_overwrite<Kept<FactorOf<T>>[]>(p.E * p.R * p.I);
   const int64_t panels = num_panels(p.I);
   for_items(p, p.E * panels, [&](int64_t item) {
     const int64_t e = item / panels, i = item % panels * kPanelColumns;
     if (p.expert_start_E1[e] == p.expert_start_E1[e + 1]) return;
     const int64_t columns = std::min<int64_t>(kPanelColumns, p.I - i);
-    w.read(e, i, columns, w_ERI.get() + e * p.R * p.I + i, p.I);
+    std::vector<S> w_RI(p.R * columns);
+    w.read(e, i, columns, w_RI.data(), columns);
+    for (int64_t r = 0; r < p.R; ++r) {
+      convert(w_RI.data() + r * columns, columns, &w_ERI[(e * p.R + r) * p.I + i]);
+    }
   });
   return w_ERI;
 }
@@ -95,9 +113,11 @@ std::unique_ptr<Wide<T>[]> turned(const GroupedShrinkParams& p) {
 template <class T>
 void expand_rows(const GroupedShrinkParams& p) {
   using S = Wide<T>;
+  using P = FactorOf<T>;
   const WeightPanel<T> w{static_cast<const T*>(p.w), p.transposed, p.R, p.I};
   T* x_TI = static_cast<T*>(p.result);
-  const std::vector<S> a_NR = rows_of_a<T>(p);
+  const std::vector<Kept<P>> a_NR = rows_of_a<P, T>(p);
+  const int64_t J = num_factors<P>(p.R);
   const int64_t panels = num_panels(p.I), chunks = (p.T + kTokens - 1) / kTokens;
   const bool is_few = p.transposed && p.T * p.K <= kFewRows && p.R % kWidth<S> == 0;
   for_items(p, chunks * panels, [&](int64_t item) {
@@ -105,10 +125,8 @@ void expand_rows(const GroupedShrinkParams& p) {
     const int64_t i = item % panels * kPanelColumns;
     const int64_t columns = std::min<int64_t>(kPanelColumns, p.I - i);
     const int64_t padded = round_up(columns, kWidth<S>);
-    std::vector<S> x_MI((t1 - t0) * kPanelColumns), w_RI(p.R * kPanelColumns);
-    const S zero[kPanelColumns] = {};
-    const S* zeros[kBlockRows];
-    std::fill_n(zeros, kBlockRows, zero);
+    std::vector<S> x_MI((t1 - t0) * kPanelColumns);
+    std::vector<P> w_RI(J * kPanelColumns);
     for (int64_t e = 0; e < p.E; ++e) {
       const int32_t *first = p.row_slot_N + p.expert_start_E1[e],
                     *last = p.row_slot_N + p.expert_start_E1[e + 1];
@@ -116,28 +134,25 @@ void expand_rows(const GroupedShrinkParams& p) {
       last = std::lower_bound(first, last, t1 * p.K);
       if (first == last) continue;
       if (is_few) {
-        const S* a_N[kFewRows];
+        const Kept<P>* a_N[kFewRows];
         S* x_N[kFewRows];
         for (int64_t n = 0; n < last - first; ++n) {
-          a_N[n] = a_NR.data() + (first + n - p.row_slot_N) * p.R;
+          a_N[n] = a_NR.data() + (first + n - p.row_slot_N) * J * kTerms<P>;
           x_N[n] = x_MI.data() + (first[n] / p.K - t0) * kPanelColumns;
         }
         few_rows_expand(a_N, last - first, w.w + (e * p.I + i) * p.R, columns, p.R, x_N);
         continue;
       }
       w.read(e, i, columns, w_RI.data(), kPanelColumns);
-      for (; first < last; first += kBlockRows) {
-        const int64_t rows = std::min<int64_t>(kBlockRows, last - first);
-        alignas(64) S sum[kBlockRows * kPanelColumns];
-        const S* a = a_NR.data() + (first - p.row_slot_N) * p.R;
-        panel<S>(
-            {a, p.R, 1}, w_RI.data(), kPanelColumns, rows, p.R, padded, sum, kPanelColumns, zeros);
-        for (int64_t n = 0; n < rows; ++n) {
-          S* x = x_MI.data() + (first[n] / p.K - t0) * kPanelColumns;
-          for (int64_t c = 0; c < padded; c += kWidth<S>) {
-            store(x + c, load(x + c) + load(sum + n * kPanelColumns + c));
-          }
+      while (first < last) {
+        const P* a = reinterpret_cast<const P*>(a_NR.data()) + (first - p.row_slot_N) * J;
+        S* x_N[kBlockRows];
+        int64_t rows = 0;
+        for (int64_t t = -1; rows < kBlockRows && first < last && *first / p.K != t; ++first) {
+          t = *first / p.K;
+          x_N[rows++] = x_MI.data() + (t - t0) * kPanelColumns;
         }
+        panel<P>({a, J, 1}, w_RI.data(), kPanelColumns, rows, J, padded, x_N);
       }
     }
     for (int64_t t = t0; t < t1; ++t) {
@@ -151,15 +166,31 @@ template <class T>
 void outer(const GroupedShrinkParams& p) {
   const T* x_TI = static_cast<const T*>(p.x_TI);
   T* w = static_cast<T*>(p.result);
-  const std::vector<Wide<T>> a_NR = rows_of_a<T>(p);
+  using P = FactorOf<T>;
+  const T* a_TKR = static_cast<const T*>(p.a_TKR);
+  // By pairs of an expert's rows: one of an odd number of them leaves a gap.
+  const int64_t padded = round_up(p.R, kWidth<T>);
+  const auto factors_before = [&](int64_t e) {
+    return (p.expert_start_E1[e] + e * (kTerms<P> - 1)) / kTerms<P>;
+  };
+  std::vector<P> a_NR(factors_before(p.E) * padded);
+  for (int64_t e = 0; e < p.E; ++e) {
+    const int32_t* slot_N = p.row_slot_N + p.expert_start_E1[e];
+    pack_rows(
+        p.expert_start_E1[e + 1] - p.expert_start_E1[e],
+        p.R,
+        [&](int64_t n) { return a_TKR + slot_N[n] * p.R; },
+        a_NR.data() + factors_before(e) * padded,
+        padded);
+  }
   const int64_t panels = num_panels(p.I);
   for_items(p, p.E * panels, [&](int64_t item) {
     const int64_t e = item / panels, i = item % panels * kPanelColumns;
     const int64_t columns = std::min<int64_t>(kPanelColumns, p.I - i);
     const int64_t begin = p.expert_start_E1[e], end = p.expert_start_E1[e + 1];
     std::vector<Wide<T>> w_RI(p.R * columns);
-    expand<Wide<T>>(
-        {a_NR.data() + begin * p.R, 1, p.R},
+    expand<P>(
+        {a_NR.data() + factors_before(e) * padded, 1, padded},
         p.R,
         end - begin,
         columns,

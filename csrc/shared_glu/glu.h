@@ -13,7 +13,7 @@
 
 #include "common/activation.h"
 #include "common/buffer.h"
-#include "common/factors.h"
+#include "common/low_rank.h"
 #include "common/parallel.h"
 #include "common/philox.h"
 #include "shared_glu/shared_glu.h"

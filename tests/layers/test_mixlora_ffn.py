@@ -339,7 +339,7 @@ def test_adapters_by_row(names: list[str | None]) -> None:
     for b, name in enumerate(names):
         row_S = tokens_BS[b][mask_BS[b]]
         alone_1SV = model(row_S[None], adapters=[name])
-        assert_close(logits_BSV[b, : len(row_S)], alone_1SV[0], rel=1e-6)
+        assert_close(logits_BSV[b, : len(row_S)], alone_1SV[0], rel=2e-6)
         if name is None:
             with mixlora.disable_adapters(model):
                 assert torch.equal(alone_1SV, model(row_S[None]))
