@@ -222,7 +222,7 @@ def generate_answers(
         texts = generate_text(model, tokenizer, cut, max_new_tokens, how.stop)
         return [(text, len(prompts[i]) > room) for i, text in zip(batch, texts, strict=True)]
 
-    for batch, answers in in_batches(order, batch_size, answer):
+    for batch, answers in in_batches(order, batch_size, answer, model.is_sharded):
         for i, (text, is_cut) in zip(batch, answers, strict=True):
             prompt, labels, right, _, how = problems[i]
             row = Row(prompt, labels, right, is_cut, how.read(text, labels))
@@ -302,7 +302,7 @@ def log_probs_after(
             logits = model(tokens_BS.to(device), **inputs).float().log_softmax(-1).cpu()
         return logits.split(select_BS.sum(1).tolist())
 
-    for batch, log_prob_PV in in_batches(order, batch_size, log_probs):
+    for batch, log_prob_PV in in_batches(order, batch_size, log_probs, model.is_sharded):
         yield from zip(batch, log_prob_PV, strict=True)
 
 

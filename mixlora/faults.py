@@ -77,10 +77,11 @@ def memory_for_training(state: Callable[[], str], needed: Callable[[], float]) -
 
 
 def in_batches(
-    items: Sequence[Item], size: int, work: Callable[[Sequence[Item]], Result]
+    items: Sequence[Item], size: int, work: Callable[[Sequence[Item]], Result], is_sharded: bool
 ) -> Iterator[tuple[Sequence[Item], Result]]:
     """(batch, work(batch)) for all items in order, `size` at a time, or half as many as often as
-    memory does not suffice."""
+    memory does not suffice. Of a sharded model that is an error: the other processes are in the
+    midst of the same forward, and would wait for its end."""
     start, wanted = 0, size
     while start < len(items):
         batch = items[start : start + size]
@@ -91,6 +92,11 @@ def in_batches(
                 raise
             if len(batch) == 1:
                 raise InputError("out of memory in a batch of 1: none is smaller") from None
+            if is_sharded:
+                raise InputError(
+                    f"out of memory in a batch of {len(batch)}: with model.shard no process can "
+                    "halve its batch alone, eval.batch_size must be smaller for all"
+                ) from None
             size = len(batch) // 2
         else:
             if size < wanted:

@@ -311,13 +311,13 @@ def test_a_batch_of_one_that_does_not_fit(checkpoint: Path, task_folder: Path, m
 @pytest.mark.parametrize("at", range(1, 6))
 def test_batches(at: int, capsys) -> None:
     work = Failing(lambda batch: [2 * x for x in batch], ERRORS["gpu"], at)
-    done = list(in_batches(range(10), 4, work))
+    done = list(in_batches(range(10), 4, work, is_sharded=False))
     assert [x for batch, _ in done for x in batch] == list(range(10))
     assert [x for _, results in done for x in results] == list(range(0, 20, 2))
     assert len(capsys.readouterr().err.splitlines()) == (at < 4)
     other = Failing(lambda batch: 1, lambda: RuntimeError("another"), 1)
     with pytest.raises(RuntimeError, match="another"):
-        list(in_batches(range(10), 4, other))
+        list(in_batches(range(10), 4, other, is_sharded=False))
 
 
 # --- odd rows -------------------------------------------------------------------------------------

@@ -353,6 +353,38 @@ def test_a_loss_that_is_not_finite_in_one_process(settings: dict, tmp_path: Path
     assert [path.name for path in saved] == ["step-000001", "step-000002"]
 
 
+def fail_in_evaluation(*arguments: str) -> int:
+    """Process 1 has no memory for a forward of several rows, and finds out in its midst."""
+    attend = models.llama.Attention.forward
+
+    def fail(self: nn.Module, x_BSD: torch.Tensor, *rest: object) -> torch.Tensor:
+        if processes.rank() == 1 and len(x_BSD) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return attend(self, x_BSD, *rest)
+
+    models.llama.Attention.forward = fail
+    return train.main([*arguments])
+
+
+@pytest.mark.parametrize(
+    "protocol", ["mixlora-fixed", pytest.param("llm-adapters", marks=pytest.mark.slow)]
+)
+def test_memory_that_fails_in_an_evaluation_with_a_sharded_base(
+    settings: dict, tmp_path: Path, protocol: str
+) -> None:
+    """The others are gathering weights with it: all end, where alone it would halve its batch."""
+    settings["model"]["shard"] = True
+    settings["eval"] = {"tasks": ["arc-e"], "protocol": protocol, "batch_size": 4}
+    arguments = fail_in_evaluation, "--config", written(settings, tmp_path)
+    codes, _, errors = several.run(2, tmp_path / "out", *arguments, seconds=60)
+    assert codes[1] == 2 and codes[0] != 0
+    (text,) = (line for error in errors for line in error.splitlines() if "error: " in line)
+    assert text == (
+        "error: out of memory in a batch of 4: with model.shard no process can halve its batch "
+        "alone, eval.batch_size must be smaller for all (in process 1 of 2)"
+    )
+
+
 @pytest.mark.slow
 def test_a_process_that_is_killed_in_a_save_leaves_whole_checkpoints(
     settings: dict, tmp_path: Path
