@@ -7,6 +7,8 @@ It scores as the harness's own `hf` model does: the same tokens of context and c
 same windows, BOS before everything. The model's active adapter, or none, is what is scored.
 """
 
+import functools
+import itertools
 from collections.abc import Sequence
 
 try:
@@ -19,6 +21,7 @@ except ImportError:
 
 from mixlora.errors import InputError
 from mixlora.evaluation import generate_text, log_probs_after
+from mixlora.faults import in_batches
 from mixlora.layers.adapted_model import AdaptedModel
 from mixlora.metrics import Progress
 from mixlora.tokenizer import Tokenizer
@@ -103,25 +106,33 @@ class HarnessModel(TemplateLM):
         order = sorted(range(len(requests)), key=lambda i: (settings[i], len(prompts[i])))
         texts = [""] * len(requests)
         progress = None if disable_tqdm else Progress("lm-eval", len(requests), "generations")
-        while order:
-            stop, max_new_tokens = settings[order[0]]
-            batch = [i for i in order[: self.batch_size] if settings[i] == settings[order[0]]]
-            order = order[len(batch) :]
-            room = self.max_length - max_new_tokens
-            if room < 1:
-                raise InputError(
-                    f"max_gen_toks {max_new_tokens} leaves no room for a prompt in the model's "
-                    f"max_position_embeddings {self.max_length}"
-                )
-            cut = [prompts[i][-room:] for i in batch]
-            generated = generate_text(self.model, self._tokenizer, cut, max_new_tokens, stop)
-            for i, text in zip(batch, generated, strict=True):
-                texts[i] = text
-            if progress:
-                progress.advance(len(batch))
+        for how, group in itertools.groupby(order, settings.__getitem__):
+            work = functools.partial(self._generate, prompts, *how)
+            batches = in_batches([*group], self.batch_size, work, self.model.is_sharded)
+            for batch, generated in batches:
+                for i, text in zip(batch, generated, strict=True):
+                    texts[i] = text
+                if progress:
+                    progress.advance(len(batch))
         if progress:
             progress.close()
         return texts
+
+    def _generate(
+        self,
+        prompts: Sequence[list[int]],
+        stop: tuple[str, ...],
+        max_new_tokens: int,
+        batch: Sequence[int],
+    ) -> list[str]:
+        room = self.max_length - max_new_tokens
+        if room < 1:
+            raise InputError(
+                f"max_gen_toks {max_new_tokens} leaves no room for a prompt in the model's "
+                f"max_position_embeddings {self.max_length}"
+            )
+        cut = [prompts[i][-room:] for i in batch]
+        return generate_text(self.model, self._tokenizer, cut, max_new_tokens, stop)
 
 
 def _generation(arguments: dict) -> tuple[tuple[str, ...], int]:

@@ -167,6 +167,30 @@ def test_what_it_cannot_do_is_refused(
         harness.generate_until(requests_of("generate_until", ("the cat", arguments)))
 
 
+def test_generation_halves_its_batch_and_loses_no_row(
+    lm_eval: ModuleType, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    from mixlora.lm_eval import HarnessModel
+
+    harness = HarnessModel(models.load(checkpoint), Tokenizer(checkpoint), batch_size=6)
+    prompts = [(" cat" * n, {"until": [], "max_gen_toks": 3 + n // 7}) for n in range(9)]
+    requests = requests_of("generate_until", *prompts)
+    expected = harness.generate_until(requests)
+    forward, sizes = type(harness.model).forward, []
+
+    def fail(model: torch.nn.Module, tokens_BS: torch.Tensor, **more: object) -> torch.Tensor:
+        sizes.append(len(tokens_BS))
+        if len(tokens_BS) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(model, tokens_BS, **more)
+
+    monkeypatch.setattr(type(harness.model), "forward", fail)
+    capsys.readouterr()
+    assert harness.generate_until(requests) == expected and len(set(expected)) > 1
+    assert max(sizes) == 6
+    assert "memory does not suffice for 6 rows at once, but for 3" in capsys.readouterr().err
+
+
 def test_a_continuation_longer_than_the_model_is_refused(
     lm_eval: ModuleType, checkpoint: Path
 ) -> None:
