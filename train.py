@@ -114,10 +114,11 @@ def train(argv: list[str], during: contextlib.ExitStack) -> int:
         AdapterTraining(model, config, run, dataset, folder / run.name, options.resume, status)
         for run, dataset in zip(config.runs(), datasets, strict=True)
     )
-    failed = []
+    failed, skipped = [], {}
     stop = Stop(folder / "stop")
     with stop.listening():
         for ended in fine_tune(model, waiting, config, stop):
+            skipped[ended.name] = ended.log.num_skipped
             if ended.failure is None:
                 model.active_adapter = ended.name
                 rest = model, tokenizer, asked_of[ended.name], ended.run.eval
@@ -130,7 +131,7 @@ def train(argv: list[str], during: contextlib.ExitStack) -> int:
         tell(f"stopped by {stop.by}; python train.py --config {settings} --resume goes on")
         return stop.exit_code
     if processes.is_first():
-        report_run(config, folder, results)
+        report_run(config, folder, results, skipped)
     if failed:
         raise InputError(f"stopped before their last step, as told above: {', '.join(failed)}")
     status.finish()

@@ -21,9 +21,11 @@ MAX_COLUMNS = 300  # of a picture over time; a long run's steps share them
 MAX_COUNTS = 10  # answers in a line of the table; a task of numbers has hundreds
 
 
-def report_run(config: TrainConfig, folder: Path, results: dict) -> None:
+def report_run(
+    config: TrainConfig, folder: Path, results: dict, skipped: Mapping[str, int]
+) -> None:
     """The table on the screen, results.json, and the pictures. `results`: a model's by task; the
-    base is one of them."""
+    base is one of them. `skipped`: an adapter's steps that were not finite."""
     runs = config.runs()
     order = ["base", *(run.name for run in runs)]
     results = {name: results[name] for name in order if results.get(name)}
@@ -40,11 +42,15 @@ def report_run(config: TrainConfig, folder: Path, results: dict) -> None:
             for name, by_task in results.items()
         },
         "averages": {name: averages(by_task) for name, by_task in results.items()},
+        "skipped_steps": dict(skipped),
     }
     write_json(folder / "results.json", described)
     shown = one_column(results)
     if results:
         print(accuracy_table(shown))
+    for name, count in skipped.items():
+        if count:
+            print(f"{name}: {count} steps were skipped: {folder / name}/not-finite-*.json")
     if config.run.plot:
         metrics = {run.name: folder / run.name / "metrics.jsonl" for run in runs}
         plot_run(folder / "summary.png", metrics, shown)

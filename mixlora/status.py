@@ -3,11 +3,13 @@
 <run.dir>/status.json, replaced as a whole:
 
     {"state": "running", "pid": 4711, "host": "here", "began": 1767000000.0, "told": 1767000060.0,
-     "adapters": {"default": {"step": 120, "of": 160, "loss": 0.81, "tokens_per_second": 5321.0,
-                              "seconds_left": 20.5, "last_checkpoint": "step-000100"}}}
+     "adapters": {"default": {"step": 120, "of": 160, "skipped": 0, "loss": 0.81,
+                              "tokens_per_second": 5321.0, "seconds_left": 20.5,
+                              "last_checkpoint": "step-000100"}}}
 
 state is running, finished, stopped (it can be resumed) or failed, then with `message`. A process
-that was killed leaves `running`: mixlora/watch.py looks whether it is there.
+that was killed leaves `running`: mixlora/watch.py looks whether it is there. `skipped` are the
+steps whose loss or gradient was not finite; after one of them, loss is null.
 """
 
 import os
@@ -39,13 +41,22 @@ class Status:
     def __enter__(self) -> "Status":
         return self
 
-    def tell(self, name: str, step: int, of: int, loss: float, tokens_per_second: float) -> None:
-        """So many optimizer steps of an adapter are done."""
+    def tell(
+        self,
+        name: str,
+        step: int,
+        of: int,
+        skipped: int,
+        loss: float | None,
+        tokens_per_second: float,
+    ) -> None:
+        """So many optimizer steps of an adapter are done; of the last one, loss and speed."""
         first, since = self._first.setdefault(name, (step, time.monotonic()))
         seconds = (time.monotonic() - since) / (step - first) if step > first else None
         self.adapters[name] = {
             "step": step,
             "of": of,
+            "skipped": skipped,
             "loss": loss,
             "tokens_per_second": round(tokens_per_second, 1),
             "seconds_left": None if seconds is None else round(seconds * (of - step), 1),

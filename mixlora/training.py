@@ -118,6 +118,10 @@ class AdapterTraining:
         self.num_labels = sum(processes.gathered([b.num_labels for b in self.batches if b]))
         self.num_tokens = sum(len(sample.tokens) for sample in chosen)
 
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / (time.perf_counter() - self.began)
+
     def next_batch(self) -> Batch | None:
         if self.seeds[self.num_rounds] is not None:
             self.generator.manual_seed(self.seeds[self.num_rounds])
@@ -154,7 +158,7 @@ class AdapterTraining:
         self.optimizer.zero_grad(set_to_none=True)
 
         self.step += 1
-        speed = self.num_tokens / (time.perf_counter() - self.began)
+        speed = self.tokens_per_second
         self.log.write(
             step=self.step,
             loss=loss,
@@ -165,7 +169,7 @@ class AdapterTraining:
             **routing_metrics(self.forwards),
         )
         self.progress.advance(loss=f"{loss:.4f}", tokens_per_s=f"{speed:.0f}")
-        self.status.tell(self.name, self.step, self.num_steps, loss, speed)
+        self.tell_status(loss)
         self.since_saved.append(loss)
         self.end_step()
 
@@ -197,7 +201,12 @@ class AdapterTraining:
         self.step = step
         self.log.write(step=step, skipped=path.name)
         self.progress.advance()
+        self.tell_status(None)
         self.end_step()
+
+    def tell_status(self, loss: float | None) -> None:
+        counts = self.step, self.num_steps, self.log.num_skipped
+        self.status.tell(self.name, *counts, loss, self.tokens_per_second)
 
     def end_step(self) -> None:
         if self.step % self.save.save_every_steps == 0 or self.step == self.num_steps:

@@ -69,10 +69,12 @@ def described(folder: Path, status: dict) -> str:
         f"{status['host']}, last word {duration(seconds)} ago"
     ]
     for name, adapter in status["adapters"].items():
-        left = adapter["seconds_left"]
+        left, loss = adapter["seconds_left"], adapter["loss"]
         running = status["state"] == "running" and left is not None
         lines.append(
-            f"  {name}  step {adapter['step']} of {adapter['of']}  loss {adapter['loss']:.4f}  "
+            f"  {name}  step {adapter['step']} of {adapter['of']}"
+            + (f" ({adapter['skipped']} skipped)" if adapter.get("skipped") else "")
+            + f"  loss {'not finite' if loss is None else f'{loss:.4f}'}  "
             f"{adapter['tokens_per_second']:.0f} tokens/s  "
             f"last checkpoint {adapter['last_checkpoint'] or 'none'}"
             + (f"  {duration(left)} left" if running else "")

@@ -79,7 +79,11 @@ def test_a_step_that_is_not_finite_is_skipped(
     assert [line["step"] for line in lines] == list(range(1, 9))
     skipped = [line["step"] for line in lines if "skipped" in line]
     assert len(skipped) == 2  # two epochs of four steps
-    told = capsys.readouterr().err
+    said, told = capsys.readouterr()
+    assert f"default: 2 steps were skipped: {folder / 'default'}/not-finite-*.json\n" in said
+    assert strict_json(folder / "results.json")["skipped_steps"] == {"default": 2}
+    status = strict_json(folder / "status.json")["adapters"]["default"]
+    assert (status["step"], status["of"], status["skipped"]) == (8, 8, 2)
     for count, step in enumerate(skipped, 1):
         name = f"not-finite-{step:06d}.json"
         assert f"default: step {step}: the loss or the gradient is not finite" in told

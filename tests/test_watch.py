@@ -24,7 +24,7 @@ from mixlora.status import Status
 from tests.runs import run
 
 SWITCH = {"routing_strategy": "mixlora-switch", "num_experts": 4, "expert_capacity": 5}
-STEP = {"of": 10, "loss": 0.5, "tokens_per_second": 100.0}
+STEP = {"of": 10, "skipped": 0, "loss": 0.5, "tokens_per_second": 100.0}
 
 
 def test_a_status_is_there_from_the_beginning(tmp_path: Path) -> None:
@@ -109,6 +109,25 @@ def test_a_run_from_its_folder(
     for line in lines:
         assert len(line["dead_experts"]) == len(line["dropped_tokens"]) == 2
         assert all(0 < share < 1 for share in line["dropped_tokens"])
+
+
+def test_steps_that_are_skipped_count(
+    settings: dict,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last two of four."""
+    loss = train.AdapterTraining.loss
+
+    def not_finite(self: train.AdapterTraining, loss_B: torch.Tensor) -> torch.Tensor:
+        return loss(self, loss_B * torch.nan if self.step >= 2 else loss_B)
+
+    monkeypatch.setattr(train.AdapterTraining, "loss", not_finite)
+    settings["train"] |= {"steps": 4, "on_non_finite": "skip"}
+    out = look(capsys, run(settings, tmp_path))
+    assert ": finished, process" in out
+    assert "default  step 4 of 4 (2 skipped)  loss not finite  " in out
 
 
 @pytest.mark.slow
