@@ -29,6 +29,7 @@ from mixlora import mlora_config, processes
 from mixlora.adapters import adapter_parameters
 from mixlora.batches import alike, joined
 from mixlora.data import Batch, load_dataset
+from mixlora.determinism import deterministic
 from mixlora.errors import ArgumentParser, InputError, command
 from mixlora.estimate import GIB, Estimate, estimate, rows_of
 from mixlora.evaluation import evaluate, load_questions
@@ -75,6 +76,8 @@ def train(argv: list[str], during: contextlib.ExitStack) -> int:
         print_estimate(config)
         return 0
 
+    if config.run.deterministic:
+        during.enter_context(deterministic())
     # Everything that can be wrong is found before anything is written or trained.
     if config.run.plot:
         require_matplotlib()

@@ -69,6 +69,7 @@ class RunConfig:
     dir: str
     together: int | None = None  # adapters that train at once; None = all of them
     seed: int = 0
+    deterministic: bool = False  # on a GPU the same bits every time, with slower kernels
     overwrite: bool = False  # delete an earlier run in dir
     save_every_steps: int = 500  # the last step is always saved
     keep_last: int = 2  # checkpoints

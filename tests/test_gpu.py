@@ -4,8 +4,15 @@ feed-forward in a CUDA graph, a training step. The ops' own tests run there too 
 With the CPU in the GPU's place the tests themselves are tested, on one size of each.
 """
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from benchmarks.bench_ops import OPS, Sizes, dtypes_of, floats
@@ -14,9 +21,10 @@ from mixlora.adapters import trained_parameters
 from mixlora.layers.context import ForwardContext, Span
 from mixlora.layers.mixlora_ffn import FeedForward
 from mixlora.optim import OptimConfig, make_optimizer
-from tests.cuda_on_cpu import with_memory_on_gpu
+from tests.cuda_on_cpu import ROOT, with_memory_on_gpu
 from tests.layers.test_mixlora_ffn import make_ffn, trained
 from tests.numerics import RELATIVE, assert_close
+from tests.test_resume import EVERY_STEP, KINDS, assert_same_runs, forget
 from tests.tiny import (
     MIXLORA,
     add_filled,
@@ -211,6 +219,28 @@ def test_training_steps(device: str, config: dict) -> None:
     assert gradients.keys() == wanted_gradients.keys()
     for name, gradient in gradients.items():
         assert_close(gradient, wanted_gradients[name], rel=1e-4)
+
+
+@devices
+def test_a_resumed_run_is_the_uninterrupted_one(
+    settings: dict, tmp_path: Path, device: str
+) -> None:
+    """As a program: cuBLAS is told to repeat itself before its first product."""
+    kinds = {**KINDS, "mixlora": MIXLORA, "dynamic": {"routing_strategy": "mixlora-dynamic"}}
+    settings["model"] |= {"device": device, "dtype": "bfloat16"}
+    settings |= {"adapter": {}, "adapters": [{"name": x, "adapter": kinds[x]} for x in kinds]}
+    settings["run"] |= {"deterministic": True, "together": 1, **EVERY_STEP}
+    config, folder = tmp_path / "config.yaml", Path(settings["run"]["dir"])
+    config.write_text(yaml.safe_dump(settings))
+    program = [sys.executable, "train.py", "--config", str(config)]
+    environment = {key: x for key, x in os.environ.items() if key != "CUBLAS_WORKSPACE_CONFIG"}
+    subprocess.run(program, check=True, cwd=ROOT, env=environment)
+    shutil.copytree(folder, tmp_path / "whole")
+    for kind, stop in zip(kinds, (1, 2, 3, 4, 5, 1), strict=True):
+        forget(folder, stop, kind)
+    subprocess.run([*program, "--resume"], check=True, cwd=ROOT, env=environment)
+    for kind in kinds:
+        assert_same_runs(folder, tmp_path / "whole", kind)
 
 
 @GPU
