@@ -23,6 +23,7 @@ from mixlora.ops import Routing
 from mixlora.ops.philox import draw_seed
 from mixlora.optim import lr_at, make_optimizer, set_lr
 from mixlora.packing import packed
+from mixlora.report import code_commit
 from mixlora.status import Status
 from mixlora.train_config import AdapterRun, TrainConfig
 
@@ -69,6 +70,12 @@ class AdapterTraining:
         self.parameters = trained_parameters(model, run.name)
         processes.copy_from_first(self.parameters.values())
         self.optimizer = make_optimizer(self.parameters, run.optim, run.adapter.loraplus_lr_ratio)
+        settings = {key: dataclasses.asdict(getattr(config, key)) for key in ("model", "run")}
+        self.facts = {  # of a checkpoint, for who reads it
+            "processes": processes.world_size(),
+            "code_commit": code_commit(Path(__file__)),
+            "config": {**dataclasses.asdict(run), **settings},
+        }
         self.num_steps = run.train.steps or run.train.epochs * self.order.steps_per_epoch
         of_run = model, run.name, self.optimizer, config.run
         self.checkpoints = Checkpoints(folder / "checkpoints", *of_run)
@@ -220,7 +227,7 @@ class AdapterTraining:
             "position": position,
             "lr": lr_at(self.step - 1, self.num_steps, self.run.optim),
             "loss": statistics.fmean(self.since_saved) if self.since_saved else None,
-            "config": dataclasses.asdict(self.run),
+            **self.facts,
         }
         if processes.is_first():
             self.checkpoints.save(self.step, state)

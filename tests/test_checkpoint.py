@@ -20,6 +20,7 @@ from mixlora import checkpoint, run_folder
 from mixlora.checkpoint import FILES, OPTIMIZER_FILE, STATE_FILE
 from mixlora.errors import InputError
 from mixlora.files import TensorFile, write_json, write_tensors
+from mixlora.report import code_commit
 from mixlora.run_folder import open_run_folder
 from mixlora.train_config import LoopConfig, ModelConfig, RunConfig, TrainConfig
 from mixlora.whole_folder import MANIFEST, publish, verify
@@ -451,11 +452,14 @@ def test_a_run_goes_on_from_the_newest_intact_checkpoint(
     kept = sorted({best, 4, 6})
     assert sorted(path.name for path in saved.iterdir()) == [f"step-{n:06d}" for n in kept]
     state = json.loads((saved / "step-000004" / STATE_FILE).read_text())
-    del state["config"]
+    config = state.pop("config")
+    assert config["model"]["base"] == settings["model"]["base"] and config["run"]["keep_best"] == 1
+    assert config["name"] == "default" and config["train"]["batch_size"] == 7
     mean = sum(x["loss"] for x in expected[2:4]) / 2
     assert state == {
         **{"version": "0.1.0", "adapter": "default", "seed": 0, "step": 4},
         **{"epoch": 1, "position": 0, "lr": expected[3]["lr"], "loss": mean},
+        **{"processes": 1, "code_commit": code_commit(Path(train.__file__))},
     }
     flip(saved / "step-000006" / OPTIMIZER_FILE, 4000)
     capsys.readouterr()

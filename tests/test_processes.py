@@ -204,11 +204,14 @@ def test_a_run_goes_on_with_another_number_of_processes(settings: dict, tmp_path
     one = run(1, settings, tmp_path)
     settings["run"]["dir"] = str(tmp_path / "several")
     shutil.copytree(one, tmp_path / "several")
+    saved = tmp_path / "several" / "default" / "checkpoints"
     for world_size, stop in ((2, 5), (4, 13)):
-        for path in checkpoints(tmp_path / "several" / "default" / "checkpoints"):
+        for path in checkpoints(saved):
             if int(path.name.removeprefix("step-")) > stop:
                 shutil.rmtree(path)
         other = run(world_size, settings, tmp_path, "--resume")
+        state = json.loads((saved / f"step-{stop + 1:06d}" / "state.json").read_text())
+        assert state["processes"] == world_size
     assert_same(one, other)
 
 
