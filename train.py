@@ -2,7 +2,8 @@
 
 One YAML file says everything (docs/config.md). A run leaves in `run.dir`:
 
-    config.yaml, data.json          the settings in full, and digests of the data
+    config.yaml                     the settings in full
+    data.json, base.json            digests of the data and of the base model
     status.json                     where it stands: `python -m mixlora.watch <run.dir>`
     <adapter>/metrics.jsonl         a line per step
     <adapter>/routing.png           how the experts fared, over the steps
@@ -102,7 +103,8 @@ def train(argv: list[str], during: contextlib.ExitStack) -> int:
     folder = Path(config.run.dir)
     if processes.is_first():
         data = {r.name: digests(d, r.data) for r, d in zip(config.runs(), datasets, strict=True)}
-        open_run_folder(config, data, options.resume, options.allow_changes)
+        base = models.fingerprint(model.folder)
+        open_run_folder(config, data, base, options.resume, options.allow_changes)
     processes.wait()
     status = during.enter_context(Status(folder))
     if options.profile and processes.is_first():

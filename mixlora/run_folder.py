@@ -16,9 +16,9 @@ from mixlora.files import make_folder, read_json, write_bytes, write_json
 from mixlora.metrics import tell
 from mixlora.train_config import TrainConfig
 
-SETTINGS, DATA, LOCK = "config.yaml", "data.json", ".lock"
+SETTINGS, DATA, BASE, LOCK = "config.yaml", "data.json", "base.json", ".lock"
 # what a crash leaves of no run: the settings come last
-NOTHING = re.compile(r"\.lock|data\.json|\.(config\.yaml|data\.json)\.\d+\.tmp")
+NOTHING = re.compile(r"\.lock|(data|base)\.json|\.(config\.yaml|(data|base)\.json)\.\d+\.tmp")
 
 # Whether a run goes on when a setting has changed; the longest beginning of its key holds.
 MAY_CHANGE = {
@@ -40,16 +40,21 @@ _locked: dict[Path, int] = {}  # descriptors, which are to live as long as the p
 
 
 def open_run_folder(
-    config: TrainConfig, data: dict[str, dict[str, str]], resume: bool, allow_changes: bool
+    config: TrainConfig,
+    data: dict[str, dict[str, str]],
+    base: dict[str, str],
+    resume: bool,
+    allow_changes: bool,
 ) -> Path:
-    """run.dir with the settings written into it, and the `digests` of each adapter's data; another
-    run in it is never touched unasked. Until the process ends, no other one may open the folder."""
+    """run.dir with the settings written into it, the `digests` of each adapter's data and those of
+    the base model; another run in it is never touched unasked. Until the process ends, no other one
+    may open the folder."""
     folder = Path(config.run.dir)
-    _check(folder, config, data, resume, allow_changes)
+    _check(folder, config, data, base, resume, allow_changes)
     make_folder(folder)
     _lock(folder)
     # again, for what another one did in the meantime
-    for key, change in _check(folder, config, data, resume, allow_changes).items():
+    for key, change in _check(folder, config, data, base, resume, allow_changes).items():
         print(f"--resume: {key} {change}")
     if not resume:
         others = (path for path in folder.iterdir() if path.name not in (SETTINGS, LOCK))
@@ -57,6 +62,7 @@ def open_run_folder(
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         (folder / SETTINGS).unlink(missing_ok=True)  # last: until then it is a run
     write_json(folder / DATA, data)
+    write_json(folder / BASE, base)
     write_bytes(folder / SETTINGS, configs.to_yaml(config).encode())
     return folder
 
@@ -65,6 +71,7 @@ def _check(
     folder: Path,
     config: TrainConfig,
     data: dict[str, dict[str, str]],
+    base: dict[str, str],
     resume: bool,
     allow_changes: bool,
 ) -> dict[str, str]:
@@ -77,6 +84,8 @@ def _check(
     if resume:
         changes = configs.differences(configs.load(TrainConfig, settings), config)
         changes |= changed_data(read_json(folder / DATA), data)
+        if (folder / BASE).exists():  # runs of earlier versions have none
+            changes |= changed_base(read_json(folder / BASE), base)
         check_changes(changes, settings, allow_changes)
         return changes
     if folder.is_dir() and any(not NOTHING.fullmatch(x.name) for x in folder.iterdir()):
@@ -131,6 +140,14 @@ def changed_data(before: dict, after: dict) -> dict[str, str]:
         for adapter, by_name in before.items()
         for name, old in by_name.items()
         if after.get(adapter, {}).get(name, old) != old
+    }
+
+
+def changed_base(before: dict, after: dict) -> dict[str, str]:
+    return {
+        f"model.base, {part}": f"was {old[:12]}, is {after[part][:12]} (SHA-256)"
+        for part, old in before.items()
+        if after[part] != old
     }
 
 

@@ -6,6 +6,7 @@ models.save(model, "another/checkpoint")               its base, with what was m
 """
 
 import dataclasses
+import hashlib
 import shutil
 import typing
 from pathlib import Path
@@ -46,6 +47,7 @@ DESCRIPTIVE = set(
 )
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "generation_c")
+PAGE = 2048  # numbers of a tensor in the fingerprint
 LARGEST_SIZE = 1 << 31  # of config.json: no dimension or length is near it
 HEADER_OF_OLD_CHECKPOINTS = "rotary_emb.inv_freq"  # a buffer that older checkpoints carry along
 
@@ -126,6 +128,26 @@ def without_data(
         raise InputError(f"{path}: no model has these sizes: {reason}") from None
     quantize_projections(model, quantize, "meta")
     return model.eval()
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """SHA-256 of a checkpoint's config.json, weights and tokenizer. Of a tensor it is name, dtype,
+    shape and a page from the middle, so that the largest checkpoint costs well under a second."""
+    _, files = _weight_files(folder)
+    file_of = {name: file for file in files for name in file.shapes}
+    weights, tokenizer = hashlib.sha256(), hashlib.sha256()
+    for name in sorted(file_of):
+        x_N = file_of[name][name].flatten()
+        weights.update(f"{name} {x_N.dtype} {file_of[name].shapes[name]}".encode())
+        weights.update(x_N[len(x_N) // 2 :][:PAGE].view(torch.uint8).numpy())
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name.startswith(TOKENIZER_FILES):
+            tokenizer.update(path.name.encode() + path.read_bytes())
+    return {
+        "config.json": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
+        "weights": weights.hexdigest(),
+        "tokenizer": tokenizer.hexdigest(),
+    }
 
 
 def save(model: AdaptedModel, directory: str | Path) -> None:

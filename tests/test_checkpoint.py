@@ -388,7 +388,7 @@ import sys, time
 from pathlib import Path
 from tests.test_checkpoint import config_in
 from mixlora.run_folder import open_run_folder
-open_run_folder(config_in(Path(sys.argv[1])), {}, False, False)
+open_run_folder(config_in(Path(sys.argv[1])), {}, {}, False, False)
 print("here", flush=True)
 time.sleep(100)
 """
@@ -402,19 +402,19 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
         assert first.stdout.readline() == "here\n"
         files = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
         for resume, options in ((True, {}), (False, {"overwrite": True})):
-            said = error_of(open_run_folder, config_in(tmp_path, **options), {}, resume, False)
+            said = error_of(open_run_folder, config_in(tmp_path, **options), {}, {}, resume, False)
             assert said.startswith(f"run.dir {tmp_path / 'run'} is in use by pid {first.pid} on ")
         assert files == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     finally:
         first.send_signal(signal.SIGKILL)
         first.wait()
-    assert open_run_folder(config_in(tmp_path), {}, True, False) == tmp_path / "run"
+    assert open_run_folder(config_in(tmp_path), {}, {}, True, False) == tmp_path / "run"
 
 
 def test_one_process_opens_its_folder_again(tmp_path: Path) -> None:
     for _ in range(3):
-        open_run_folder(config_in(tmp_path, overwrite=True), {}, False, False)
-        open_run_folder(config_in(tmp_path), {}, True, False)
+        open_run_folder(config_in(tmp_path, overwrite=True), {}, {}, False, False)
+        open_run_folder(config_in(tmp_path), {}, {}, True, False)
     links = Path("/proc/self/fd").iterdir()
     held = [link for link in links if os.path.realpath(link).startswith(str(tmp_path))]
     assert len(held) == 1
@@ -425,7 +425,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch, capsys) -> Non
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(run_folder.fcntl, "flock", no_locks)
-    assert open_run_folder(config_in(tmp_path), {}, False, False).is_dir()
+    assert open_run_folder(config_in(tmp_path), {}, {}, False, False).is_dir()
     assert "cannot be locked against other runs: [Errno" in capsys.readouterr().err
 
 
@@ -433,10 +433,11 @@ def test_what_a_crash_leaves_of_a_beginning_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/.lock").write_text("pid 1 on somewhere")
     (tmp_path / "run/.config.yaml.12.tmp").write_text("mod")
-    (tmp_path / "run/data.json").write_text("{")
-    open_run_folder(config_in(tmp_path), {}, False, False)
+    for name in ("data.json", "base.json", ".base.json.12.tmp"):
+        (tmp_path / "run" / name).write_text("{")
+    open_run_folder(config_in(tmp_path), {}, {}, False, False)
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert names == [".lock", "config.yaml", "data.json"]
+    assert names == [".lock", "base.json", "config.yaml", "data.json"]
 
 
 # -- a run -----------------------------------------------------------------------------------------

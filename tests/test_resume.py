@@ -1,5 +1,6 @@
 """A run that is stopped anywhere and taken up is the run that never stopped, to the bit."""
 
+import json
 import os
 import shutil
 import signal
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+import models
 import train
+from mixlora.files import TensorFile, write_json, write_tensors
 from mixlora.run_folder import may_change
 from mixlora.stopping import SIGNALS, Stop
 from tests.conftest import ARC_ROWS, BOOLQ_ROWS, write_rows
@@ -352,6 +355,50 @@ def test_more_steps_and_another_rate(settings: dict, tmp_path: Path) -> None:
     settings["train"]["steps"] = 3  # fewer than are done: nothing is left to do
     run(settings, tmp_path, "--resume", "--allow-changes")
     assert len(metrics(folder)) == 4
+
+
+def test_another_base_under_the_same_path(
+    settings: dict, checkpoint: Path, tmp_path: Path, capsys
+) -> None:
+    """Of other weights, or another vocabulary that gives the same samples."""
+    base = shutil.copytree(checkpoint, tmp_path / "base")
+    settings["model"]["base"] = str(base)
+    settings["train"]["steps"] = 2
+    folder = run(settings, tmp_path)
+    run(settings, tmp_path, "--resume")
+    before = json.loads((folder / "base.json").read_text())
+    file = TensorFile(base / "model.safetensors")
+    tensors = {name: file[name].clone() for name in file.shapes}
+    tensors["model.layers.1.mlp.up_proj.weight"].mul_(0.5)
+    write_tensors(base / "model.safetensors", tensors)
+    write_json(base / "generation_config.json", {"eos_token_id": [2, 5]})
+    run(settings, tmp_path, "--resume", code=2)
+    after = models.fingerprint(base)
+    was_is = {part: f"was {before[part][:12]}, is {after[part][:12]}" for part in before}
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    for part in ("weights", "tokenizer"):
+        assert f"model.base, {part} {was_is[part]} (SHA-256); " in line
+    assert "config.json" not in line and "--allow-changes goes on all the same" in line
+    assert json.loads((folder / "base.json").read_text()) == before
+    run(settings, tmp_path, "--resume", "--allow-changes")
+    assert json.loads((folder / "base.json").read_text()) == after
+    (folder / "base.json").unlink()  # as of an earlier version
+    run(settings, tmp_path, "--resume")
+
+
+def test_shards_and_places_do_not_change_a_fingerprint(tmp_path: Path, checkpoint: Path) -> None:
+    file = TensorFile(checkpoint / "model.safetensors")
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    (other / "model.safetensors").unlink()
+    shards = {name: f"{i % 3}.safetensors" for i, name in enumerate(file.shapes)}
+    for shard in set(shards.values()):
+        names = [name for name in shards if shards[name] == shard]
+        write_tensors(other / shard, {name: file[name] for name in names})
+    write_json(other / "model.safetensors.index.json", {"weight_map": shards})
+    assert models.fingerprint(other) == models.fingerprint(checkpoint)
+    write_json(other / "config.json", {**json.loads((other / "config.json").read_text()), "a": 1})
+    found, expected = models.fingerprint(other), models.fingerprint(checkpoint)
+    assert [part for part in found if found[part] != expected[part]] == ["config.json"]
 
 
 def test_data_that_has_changed(settings: dict, tmp_path: Path, capsys) -> None:
