@@ -235,24 +235,30 @@ def test_a_signal_ends_an_evaluation_where_it_is(
     assert (folder / "results.json").exists()
 
 
+def begin_program(*command: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
 @pytest.mark.slow
 def test_as_a_program(settings: dict, tmp_path: Path) -> None:
-    """What a shell sees; the second one goes on."""
+    """What a shell sees; the second one goes on, and the third, to the bits of one that never
+    stopped."""
     settings["train"]["steps"] = 100_000
+    settings["optim"]["schedule"] = "constant"  # whatever the number of steps
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "train.py", "--config", str(config)]
+    command = ["train.py", "--config", str(config)]
     log = tmp_path / "run" / "default" / "metrics.jsonl"
 
     def stop(number: int, *more: str) -> tuple[int, str]:
         """The exit code and what is said of a program that hears the signal in its first steps."""
         size = log.stat().st_size if log.exists() else 0
-        program = subprocess.Popen(
-            [*command, *more],
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        program = begin_program(*command, *more)
         try:
             while not log.exists() or log.stat().st_size <= size:
                 assert program.poll() is None
@@ -270,6 +276,45 @@ def test_as_a_program(settings: dict, tmp_path: Path) -> None:
     code, said = stop(signal.SIGTERM, "--resume")
     assert code == 143 and "stopped by SIGTERM" in said
     assert len(metrics(tmp_path / "run")) > done
+    command.append(f"train.steps={len(metrics(tmp_path / 'run')) + 2}")
+    for more in (("--resume", "--allow-changes"), (f"run.dir={tmp_path / 'whole'}",)):
+        subprocess.run([sys.executable, *command, *more], check=True)
+    assert_same_runs(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_the_second_interrupt_ends_a_program_in_its_step(settings: dict, tmp_path: Path) -> None:
+    """Of 10,000 micro-batches; the first one would wait for its end."""
+    write_rows(tmp_path / "rows.jsonl", [{"instruction": "sing", "output": "la"}] * 10_000)
+    settings["data"] = {"files": [{"path": str(tmp_path / "rows.jsonl")}]}
+    settings["train"] |= {"batch_size": 10_000, "micro_batch_size": 1}
+    config, begun = tmp_path / "config.yaml", tmp_path / "begun"
+    config.write_text(yaml.safe_dump(settings))
+    tells_of_its_step = f"""
+import pathlib, sys, train
+real = train.forward_backward
+def forward_backward(*arguments):
+    real(*arguments)
+    pathlib.Path({str(begun)!r}).touch()
+train.forward_backward = forward_backward
+sys.exit(train.main(["--config", {str(config)!r}]))
+"""
+    program = begin_program("-c", tells_of_its_step)
+    try:
+        while not begun.exists():
+            assert program.poll() is None
+            time.sleep(0.01)
+        program.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            program.wait(timeout=1)
+        program.send_signal(signal.SIGINT)
+        _, said = program.communicate(timeout=10)
+    finally:
+        program.kill()
+    assert program.returncode == 130 and said.endswith("stopped\n") and "Traceback" not in said
+    folder = Path(settings["run"]["dir"])
+    assert metrics(folder) == [] and not list((folder / "default" / "checkpoints").iterdir())
+    assert json.loads((folder / "status.json").read_text())["state"] == "stopped"
 
 
 def test_the_second_interrupt_does_not_wait(tmp_path: Path) -> None:
