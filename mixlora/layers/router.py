@@ -5,6 +5,7 @@ logits into a Routing. A new one is a class here with a line in ROUTERS.
 """
 
 import abc
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -103,7 +104,9 @@ class TopPRouter(Router):
         expert_TK = sequences.chosen_TK
         if expert_TK is None:
             sorted_TE, order_TE = tempered_TE.detach().sort(dim=-1, descending=True, stable=True)
-            reached_TE = sorted_TE.cumsum(-1) > self.top_p
+            # cumsum on a GPU is not deterministic
+            sums_TE = torch.stack([*itertools.accumulate(sorted_TE.unbind(1))], 1)
+            reached_TE = sums_TE > self.top_p
             kept_TE = torch.ones_like(reached_TE)
             kept_TE[:, 1:] = ~reached_TE[:, :-1]  # the first that reaches it is kept
             is_kept_TE = torch.zeros_like(kept_TE).scatter(1, order_TE, kept_TE)
