@@ -87,8 +87,7 @@ def differences(before: Any, after: Any, key: str = "") -> dict[str, str]:
 def build(cls: type[Config], tree: Located, key: str = "") -> Config:
     """A dataclass from a mapping: unknown, missing and ill-typed keys are errors."""
     if not isinstance(tree.value, dict):
-        name = key or "the config"
-        raise InputError(f"{tree.where}: {name} must be a mapping, got {_show(tree)}")
+        raise InputError(f"{tree.where}: {_named(key)} must be a mapping, got {_show(tree)}")
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     hints = typing.get_type_hints(cls)
     values = {}
@@ -184,39 +183,41 @@ def _parse(text: str, where: str) -> Located | None:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         return _locate(node, where, iter(range(MAX_NODES))) if node else None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark and not where.startswith("command line") else ""
-        problem = getattr(error, "problem", None) or error
+        mark = getattr(error, "problem_mark", None)  # a character that no YAML has comes without
+        number = mark.line if mark else text.count("\n", 0, error.position)
+        line = "" if where.startswith("command line") else f":{number + 1}"
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
         raise InputError(f"{where}{line}: not YAML: {problem}") from None
     except RecursionError:
         raise InputError(f"{where}: nested too deeply") from None
 
 
-def _locate(node: yaml.Node, source: str, budget: Iterator[int]) -> Located:
+def _locate(node: yaml.Node, source: str, budget: Iterator[int], key: str = "") -> Located:
     multiline = not source.startswith("command line")
     where = f"{source}:{node.start_mark.line + 1}" if multiline else source
     if next(budget, None) is None:
         raise InputError(f"{where}: more than {MAX_NODES} values")
     if isinstance(node, yaml.CollectionNode) and node.tag not in PLAIN_TAGS:
-        raise InputError(f"{where}: the tag {node.tag} is not supported")
+        raise InputError(f"{where}: {_named(key)} has the tag {node.tag}, which is not supported")
     if isinstance(node, yaml.SequenceNode):
-        return Located([_locate(item, source, budget) for item in node.value], where)
+        items = enumerate(node.value)
+        return Located([_locate(x, source, budget, _join(key, str(i))) for i, x in items], where)
     if isinstance(node, yaml.MappingNode):
         pairs: dict[str, Located] = {}
-        for key, value in node.value:
-            name = key.value if isinstance(key, yaml.ScalarNode) else "(not a name)"
-            line = f"{source}:{key.start_mark.line + 1}" if multiline else source
+        for title, value in node.value:
+            name = title.value if isinstance(title, yaml.ScalarNode) else "(not a name)"
+            path, line = _join(key, name), source
+            if multiline:
+                line = f"{source}:{title.start_mark.line + 1}"
             if name in pairs:
-                raise InputError(f"{line}: key '{name}' is written twice")
-            pairs[name] = Located(_locate(value, source, budget).value, line)
+                raise InputError(f"{line}: key '{path}' is written twice")
+            pairs[name] = Located(_locate(value, source, budget, path).value, line)
         return Located(pairs, where)
     try:
         return Located(yaml.SafeLoader("").construct_object(node), where)
-    except yaml.YAMLError:
-        raise
     except Exception:  # PyYAML's readers of numbers and dates raise whatever comes
-        kind = node.tag.rpartition(":")[2]
-        raise InputError(f"{where}: {node.value[:40]!r} is no {kind}") from None
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        raise InputError(f"{where}: {_named(key)}: {node.value[:40]!r} is no {kind}") from None
 
 
 def _is_sound(value: bool | int | float | str) -> bool:
@@ -235,6 +236,10 @@ def _number(value: int | str) -> float | int | str:
 
 def _join(key: str, name: str) -> str:
     return f"{key}.{name}" if key else name
+
+
+def _named(key: str) -> str:
+    return key or "the config"
 
 
 def _name(kind: Any) -> str:

@@ -187,11 +187,13 @@ CONFIGS: dict[str, Case] = {
         Place.train,
         ("config.yaml:1: missing key 'run'",),
     ),
-    "duplicate key": config("  r: 2", "  r: 2\n  r: 4", "config.yaml:9: key 'r' is written twice"),
+    "duplicate key": config("  r: 2", "  r: 2\n  r: 4", "key 'adapter.r' is written twice"),
     "not YAML": config("tasks: [arc-e]", "tasks: [arc-e", "config.yaml:", "not YAML"),
     "tab": config("  r: 2", "\tr: 2", "config.yaml:8: not YAML"),
     "python object": config("lr: 1e-3", "lr: !!python/object:os.system x", "config.yaml:12", "not"),
-    "impossible date": config("lr: 1e-3", "lr: 2020-99-99", "config.yaml:12: '2020-99-99'"),
+    "impossible date": config(
+        "lr: 1e-3", "lr: 2020-99-99", "config.yaml:12: optim.lr: '2020-99-99'"
+    ),
     "list": config("model:", "- model:", "config.yaml"),
     "steps and epochs": config(
         "steps: 1", "steps: 1\n  epochs: 1", "config.yaml:14: train.steps or epochs", "not both"
