@@ -178,6 +178,44 @@ def test_dynamic(top_p: float, temperature: float) -> None:
     assert_close(routing.count_E.sum(), kept_T.sum().double())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", FUSED)
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_equal_experts_are_one_times_the_sum_of_weights(
+    strategy: str, use_dora: bool, fresh: bool
+) -> None:
+    """Fresh ones, of zero B, are the frozen feed-forward."""
+    block = make_block(strategy, bias=True, use_dora=use_dora)
+    ffn, mixture, x_BSD = block.ffn, block.ffn.mixtures["m"], normal(3, 12, D)
+    for name in PROJECTIONS:
+        pair = getattr(mixture, name)
+        for parameter in pair.parameters():
+            parameter.copy_(parameter[:1].expand_as(parameter))
+        if fresh:
+            pair.lora_B.zero_()
+        if fresh and use_dora:
+            pair.lora_magnitude_vector.copy_(getattr(ffn, name).weight.norm(dim=1))
+    gate, up = (
+        adapted(getattr(ffn, x), getattr(mixture, x), 0, x_BSD) for x in ("gate_proj", "up_proj")
+    )
+    one_BSD = adapted(ffn.down_proj, mixture.down_proj, 0, F.silu(gate) * up)
+    if fresh:
+        assert_close(one_BSD, ffn(x_BSD, ForwardContext((Span(None, 0, 3),))), rel=1e-9)
+    router, sums, skips = mixture.moe_gate, torch.zeros(3, 12, 1), torch.zeros(3, 12, 1)
+    for b, prob_SE in enumerate((x_BSD @ router.weight.T).softmax(-1)):
+        taken = [0] * E
+        for s, prob_E in enumerate(prob_SE):
+            weights = chosen(strategy, router, prob_E, taken)
+            sums[b, s] = sum(weights.values())
+            skips[b, s] = 0 if weights else prob_E.max()
+    if strategy == "mixlora":
+        assert_close(sums, torch.ones_like(sums))
+    assert skips.any() == (strategy == "mixlora-switch")
+    y_BSD = ffn(x_BSD, context(x_BSD))
+    assert_close(y_BSD, sums * one_BSD + skips * x_BSD, rel=1e-6)
+
+
 def test_expert_lora_is_of_the_experts_alone() -> None:
     model = tiny_model()
     own = mixlora.adapter_config.LoraSettings(r=2, lora_alpha=9, use_dora=True)
