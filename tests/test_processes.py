@@ -1,5 +1,6 @@
 """Several processes give what one gives; where one fails, all end. On a CPU, by gloo."""
 
+import itertools
 import json
 import os
 import re
@@ -73,6 +74,9 @@ def metrics(folder: Path, name: str = "default") -> list[dict]:
 def assert_same(one: Path, other: Path, name: str = "default") -> None:
     assert len(metrics(one, name)) == len(metrics(other, name)) > 0
     for a, b in zip(metrics(one, name), metrics(other, name), strict=True):
+        if "skipped" in a:
+            assert a == b
+            continue
         assert b["loss"] == pytest.approx(a["loss"], rel=0, abs=1e-6), a["step"]
         assert b["router_loss"] == pytest.approx(a["router_loss"], rel=0, abs=1e-6)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
@@ -331,29 +335,69 @@ def test_what_all_find_wrong_is_said_once(
     assert not Path(settings["run"]["dir"]).exists()
 
 
-def poison(arguments: list[str]) -> int:
-    """The loss of process 1 is not a number in the third step."""
+def poison(place: str, value: float, rank: int, *arguments: str) -> int:
+    """A process's losses of the third step are not finite, or its gradients alone."""
     loss = train.AdapterTraining.loss
 
     def poisoned(self: train.AdapterTraining, loss_B: torch.Tensor) -> torch.Tensor:
-        is_bad = processes.rank() == 1 and self.step == 2
-        return loss(self, loss_B * torch.nan if is_bad else loss_B)
+        is_bad = processes.rank() == rank and self.step == 2
+        found = loss(self, loss_B * value if is_bad and place == "loss" else loss_B)
+        if is_bad and place == "gradient":
+            found.register_hook(lambda x: x * value)
+        return found
 
     train.AdapterTraining.loss = poisoned
-    return train.main(arguments)
+    return train.main([*arguments])
 
 
-@pytest.mark.slow
-def test_a_loss_that_is_not_finite_in_one_process(settings: dict, tmp_path: Path) -> None:
-    """All notice, and no weight changes anywhere."""
-    settings["run"]["save_every_steps"] = 1
-    arguments = ["--config", written(settings, tmp_path)]
-    codes, _, errors = several.run(2, tmp_path / "out", poison, arguments)
-    assert codes == [2, 2] and "not finite" in errors[0]
-    folder = Path(settings["run"]["dir"])
-    assert [line["step"] for line in metrics(folder)] == [1, 2]
-    saved = checkpoints(folder / "default" / "checkpoints")
-    assert [path.name for path in saved] == ["step-000001", "step-000002"]
+FAULTS = list(
+    itertools.product(
+        ("loss", "gradient"), (torch.nan, torch.inf), (0, 1), ("stop", "skip"), (False, True)
+    )
+)
+QUICK = [("gradient", torch.inf, 1, "skip", False), ("loss", torch.nan, 0, "stop", True)]
+
+
+@pytest.mark.parametrize(
+    "place, value, rank, policy, shard",
+    [pytest.param(*x, marks=[] if x in QUICK else [pytest.mark.slow]) for x in FAULTS],
+)
+def test_what_is_not_finite_in_one_process(
+    settings: dict,
+    tmp_path: Path,
+    monkeypatch,
+    place: str,
+    value: float,
+    rank: int,
+    policy: str,
+    shard: bool,
+) -> None:
+    """T23: all notice, and no weight changes anywhere: the next steps are those of one process."""
+    settings["train"] |= {"steps": 5, "on_non_finite": policy}
+    settings["run"] |= {"save_every_steps": 1, "keep_last": 100}
+    monkeypatch.setattr(train.AdapterTraining, "loss", train.AdapterTraining.loss)  # undone later
+    one = Path(settings["run"]["dir"])
+    code = 2 if policy == "stop" else 0
+    assert poison(place, value, 0, "--config", written(settings, tmp_path)) == code
+    settings["run"]["dir"] = str(tmp_path / "several")
+    settings["model"]["shard"] = shard
+    arguments = "--config", written(settings, tmp_path)
+    codes, _, errors = several.run(2, tmp_path / "out", poison, place, value, rank, *arguments)
+    assert codes == [code, code] and errors[0].count("is not finite") == 1
+    other = Path(settings["run"]["dir"])
+    report = json.loads((other / "default" / "not-finite-000003.json").read_text())
+    is_bad = [isinstance(x, str) for losses in report["row_losses"] for x in losses]
+    own = [0, 1, 4, 5] if rank == 0 else [2, 3, 6]  # micro-batches of 2 rows, in turn
+    assert is_bad == [place == "loss" and i in own for i in range(7)]
+    saved = [x.name for x in checkpoints(other / "default" / "checkpoints")]
+    if policy == "stop":
+        assert saved == ["step-000001", "step-000002"]
+        assert [line["step"] for line in metrics(other)] == [1, 2]
+        return
+    for file in ("adapter_model.safetensors", "optimizer.safetensors"):
+        a, b = (TensorFile(other / "default/checkpoints" / x / file) for x in saved[1:3])
+        assert a.shapes == b.shapes and all(torch.equal(a[key], b[key]) for key in a.shapes)
+    assert_same(one, other)
 
 
 def fail_in_evaluation(*arguments: str) -> int:
