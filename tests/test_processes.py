@@ -22,6 +22,7 @@ import train
 from mixlora import processes, training
 from mixlora.checkpoint import checkpoints
 from mixlora.files import TensorFile
+from mixlora.layers.router import Router
 from tests import several
 from tests.tiny import add_filled
 
@@ -430,6 +431,62 @@ def test_memory_that_fails_in_an_evaluation_with_a_sharded_base(
         "error: out of memory in a batch of 4: with model.shard no process can halve its batch "
         "alone, eval.batch_size must be smaller for all (in process 1 of 2)"
     )
+
+
+def edge(favoured: list[int], *arguments: str) -> int:
+    """A run whose tokens all choose the favoured experts; without one, a run of which some rows
+    have no label: in the third step all that process 1 has, in the fourth one beside others."""
+    begin_step, logits = train.AdapterTraining.begin_step, Router.logits
+
+    def begin(self: train.AdapterTraining) -> None:
+        rows, samples = list(self.order.samples(self.step)), self.dataset.samples
+        for i in {2: rows[2:], 3: rows[:1]}.get(self.step, []) if not favoured else []:
+            samples[i] = samples[i]._replace(labels=[-100] * len(samples[i].labels))
+        begin_step(self)
+        if processes.world_size() == 2 and self.step == 2 and not favoured:
+            assert (self.batches[0].num_labels == 0) == (processes.rank() == 1)
+
+    def biased(self: Router, *inputs: object) -> torch.Tensor:
+        bias_E = torch.zeros(self.num_experts)
+        bias_E[favoured] = 50.0
+        return logits(self, *inputs) + bias_E
+
+    train.AdapterTraining.begin_step, Router.logits = begin, biased
+    return train.main([*arguments])
+
+
+@pytest.mark.parametrize(
+    "favoured, shard",
+    [
+        ([], False),
+        *(
+            pytest.param(favoured, shard, marks=pytest.mark.slow)
+            for favoured, shard in itertools.product(([], [2], [1, 3]), (False, True))
+            if favoured or shard
+        ),
+    ],
+)
+def test_edges_as_in_one_process(
+    settings: dict, tmp_path: Path, monkeypatch, favoured: list[int], shard: bool
+) -> None:
+    """T29, T34: no labels, all tokens to one expert, experts without any."""
+    settings["adapter"] = {**ADAPTERS["mixlora"], "top_k": len(favoured) or 2}
+    settings["train"] |= {"steps": 8, "batch_size": 4}  # six are an epoch
+    one = Path(settings["run"]["dir"])
+    for place, name in ((train.AdapterTraining, "begin_step"), (Router, "logits")):
+        monkeypatch.setattr(place, name, getattr(place, name))  # undone later
+    assert edge(favoured, "--config", written(settings, tmp_path)) == 0
+    settings["run"]["dir"] = str(tmp_path / "several")
+    settings["model"]["shard"] = shard
+    arguments = "--config", written(settings, tmp_path)
+    codes, _, errors = several.run(2, tmp_path / "out", edge, favoured, *arguments)
+    assert codes == [0, 0], errors
+    other = Path(settings["run"]["dir"])
+    assert_same(one, other)
+    chosen = {
+        e for x in metrics(other) for load_E in x["expert_load"] for e in range(4) if load_E[e]
+    }
+    assert chosen == set(favoured or range(4))
 
 
 @pytest.mark.slow
