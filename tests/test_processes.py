@@ -72,7 +72,7 @@ def metrics(folder: Path, name: str = "default") -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def assert_same(one: Path, other: Path, name: str = "default") -> None:
+def assert_same(one: Path, other: Path, name: str = "default", of_norm: float = 1e-5) -> None:
     assert len(metrics(one, name)) == len(metrics(other, name)) > 0
     for a, b in zip(metrics(one, name), metrics(other, name), strict=True):
         if "skipped" in a:
@@ -80,7 +80,7 @@ def assert_same(one: Path, other: Path, name: str = "default") -> None:
             continue
         assert b["loss"] == pytest.approx(a["loss"], rel=0, abs=1e-6), a["step"]
         assert b["router_loss"] == pytest.approx(a["router_loss"], rel=0, abs=1e-6)
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=of_norm)
         for key in ("step", "lr"):
             assert b[key] == a[key]
         for key in ("expert_load", "router_entropy"):
@@ -95,30 +95,39 @@ def assert_same(one: Path, other: Path, name: str = "default") -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, world_size, shard, num_steps",
+    "kind, world_size, shard, dtype, num_steps",
     [
-        ("mixlora", 2, True, 5),
+        ("mixlora", 2, True, "float32", 5),
+        ("milora", 2, True, "float32", 4),
         *(
-            pytest.param(kind, world_size, shard, 20, marks=pytest.mark.slow)
+            pytest.param(kind, world_size, shard, dtype, 20, marks=pytest.mark.slow)
             for kind in ADAPTERS
             for world_size in (2, 4)
-            for shard in (False, True)
+            for shard, dtype in ((False, "float32"), (True, "float32"), (True, "bfloat16"))
         ),
     ],
 )
 def test_as_in_one_process(
-    settings: dict, tmp_path: Path, kind: str, world_size: int, shard: bool, num_steps: int
+    settings: dict,
+    tmp_path: Path,
+    kind: str,
+    world_size: int,
+    shard: bool,
+    dtype: str,
+    num_steps: int,
 ) -> None:
     """Losses, gradients, routing, weights and accuracies; with 4 processes two have no row of each
     fourth step. Evaluation differs in its number of forwards from process to process."""
     settings["adapter"] = ADAPTERS[kind]
+    settings["model"]["dtype"] = dtype
     settings["train"]["steps"] = num_steps
     settings["eval"] = {"tasks": ["arc-e"], "batch_size": 2, "max_rows": 5}
     one = run(1, settings, tmp_path)
     settings["run"]["dir"] = str(tmp_path / "several")
     settings["model"]["shard"] = shard
     other = run(world_size, settings, tmp_path)
-    assert_same(one, other)
+    # a weight's last bit, which the order of sums decides, can turn the rounding of an activation
+    assert_same(one, other, of_norm=1e-5 if dtype == "float32" else 1e-4)
     results = [json.loads((x / "results.json").read_text())["results"] for x in (one, other)]
     assert results[0] == results[1]
 
