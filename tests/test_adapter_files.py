@@ -403,6 +403,45 @@ def test_bin_files_that_are_not_tensors(content: str, tmp_path, monkeypatch) -> 
     assert not (tmp_path / "pwned").exists()
 
 
+@pytest.mark.parametrize("version, is_safe", [("2.9.1+cpu", False), ("2.10.0", True)])
+def test_bin_files_need_a_torch_that_runs_no_code(
+    version: str, is_safe: bool, tmp_path, monkeypatch
+) -> None:
+    """T18: of an older one (CVE-2026-24747) not a byte of the file is read."""
+    model, reads = tiny_model(), []
+    add_filled(model, **MIXLORA)
+    mixlora.save_adapter(model, tmp_path)
+    (tmp_path / TENSOR_FILE).unlink()
+    monkeypatch.setattr(torch, "__version__", version)
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: reads.append(a) or load(*a, **k))
+    if is_safe:
+        mixlora.load_adapter(tiny_model(), tmp_path)
+    else:
+        said = error_of(mixlora.load_adapter, tiny_model(), tmp_path)
+        assert said == f"{tmp_path / PICKLED_FILE}: a .bin file is read by torch 2.10 or newer only"
+    assert bool(reads) == is_safe
+
+
+@pytest.mark.parametrize("kind", [{}, MIXLORA, {**MIXLORA, "use_dora": True}], ids=str)
+def test_each_tensor_that_is_not_as_it_should(kind: dict, tmp_path) -> None:
+    """T20: absent, or turned."""
+    model = tiny_model(num_hidden_layers=1)
+    add_filled(model, **kind)
+    mixlora.save_adapter(model, tmp_path, pickled=False)
+    mixlora.remove_adapter(model)
+    tensors = load_file(tmp_path / TENSOR_FILE)
+    for name, x in tensors.items():
+        save_file({k: y for k, y in tensors.items() if k != name}, tmp_path / TENSOR_FILE)
+        said = error_of(mixlora.load_adapter, model, tmp_path)
+        assert f": 1 missing, 0 unexpected, 0 misshaped tensors; missing: {name}; likely" in said
+        if x.dim() == 2:
+            save_file({**tensors, name: x.T.contiguous()}, tmp_path / TENSOR_FILE)
+            said = error_of(mixlora.load_adapter, model, tmp_path)
+            assert f"misshaped: {name} must be {[*x.shape]}, got {[*x.T.shape]}; likely" in said
+    assert model.adapter_configs == {}
+
+
 # -- targets, freezing, merging --------------------------------------------------------------------
 
 

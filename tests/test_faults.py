@@ -334,6 +334,10 @@ ODD_ROWS = {
         [{"instruction": "a", "output": "la " * 400}, {"instruction": "a", "output": "b"}],
         1,
     ),
+    "a line of 10 MB": (
+        [{"instruction": "a", "output": "la " * 3_500_000}, {"instruction": "a", "output": "b"}],
+        1,
+    ),
     "a prompt that is too long": ([{"instruction": "la " * 400, "output": "b"}], 0),
     "emoji, joined ones, right to left": (
         [{"instruction": "👩‍👩‍👧‍👦 \u202eabc\u202c שלום", "output": "🏳️‍🌈 مرحبا"}],
@@ -346,7 +350,9 @@ ODD_ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", ODD_ROWS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=SLOW if "10 MB" in x else ()) for x in ODD_ROWS]
+)
 def test_odd_rows_train_or_are_counted(settings: dict, tmp_path: Path, capsys, name: str) -> None:
     rows, num_skipped = ODD_ROWS[name]
     write_rows(tmp_path / "rows.jsonl", rows)

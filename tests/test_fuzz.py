@@ -320,6 +320,22 @@ def test_attacks_by_the_header(name: str, tmp_path: Path, bounded) -> None:
     assert not bounded(lambda: mixlora.load_adapter(small_model(), tmp_path))
 
 
+@pytest.mark.parametrize("length, said", [(100_000_001, "too large"), (100_000_000, "invalid")])
+def test_a_header_of_more_than_100_MB_is_not_read(
+    length: int, said: str, tmp_path: Path, bounded
+) -> None:
+    """T19. The file, of zeros, takes no place on the disk."""
+    model = small_model()
+    add_filled(model, **KINDS[0])
+    mixlora.save_adapter(model, tmp_path, pickled=False)
+    path = tmp_path / TENSOR_FILE
+    path.write_bytes(struct.pack("<Q", length))
+    os.truncate(path, 8 + length)
+    with pytest.raises(InputError, match=rf"not a whole safetensors file: .*{said}"):
+        mixlora.load_adapter(small_model(), tmp_path)
+    assert not bounded(lambda: mixlora.load_adapter(small_model(), tmp_path))
+
+
 @pytest.mark.parametrize(
     "values",
     [

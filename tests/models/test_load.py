@@ -11,6 +11,7 @@ from torch import Tensor
 
 import models
 from mixlora.errors import InputError
+from mixlora.files import TensorFile
 from models.rotary import DynamicRope, LinearRope, Llama3Rope, Rope, YarnRope
 from tests.tiny import FAMILIES, SIZES, some_tokens, tiny_llama
 
@@ -125,6 +126,27 @@ def test_transposed_tensor(whole, tmp_path) -> None:
     assert f"{GATE} must be [48, 32], got [32, 48]" in said
 
 
+def test_each_tensor_that_is_not_as_it_should(tmp_path) -> None:
+    """T20: absent, under another name, turned. (No matrix here is square.)"""
+    folder, _ = tiny_llama(tmp_path, head_dim=10, attention_bias=True, num_hidden_layers=1)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+
+    def said(**changed: Tensor) -> str:
+        save_file({**tensors, **changed}, path)
+        return error_of(folder)
+
+    for name, x in list(tensors.items()):
+        if x.dim() == 2:
+            shapes = f"{name} must be {[*x.shape]}, got {[*x.T.shape]}; likely cause"
+            wanted = f": 0 missing, 0 unexpected, 1 misshaped tensors; misshaped: {shapes}"
+            assert wanted in said(**{name: x.T.contiguous()})
+        del tensors[name]
+        assert f": 1 missing, 0 unexpected, 0 misshaped tensors; missing: {name}" in said()
+        assert f"tensors; missing: {name}; unexpected: x.{name}" in said(**{f"x.{name}": x})
+        tensors[name] = x
+
+
 def test_all_wrong_tensors_are_one_error(whole, tmp_path) -> None:
     folder = copy(whole, tmp_path)
 
@@ -160,6 +182,19 @@ def test_truncated_file(whole, tmp_path, length: int) -> None:
     path = copy(whole, tmp_path) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:length])
     assert error_of(path.parent).startswith(f"{path}: not a whole safetensors file: ")
+
+
+def test_truncated_shard(sharded, tmp_path, monkeypatch) -> None:
+    """T21: whichever it is, no tensor is read before."""
+    monkeypatch.setattr(TensorFile, "__getitem__", None)
+    folder = copy(sharded, tmp_path)
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 2
+    for path in shards:
+        content = path.read_bytes()
+        path.write_bytes(content[:-1])
+        assert error_of(folder).startswith(f"{path}: not a whole safetensors file: ")
+        path.write_bytes(content)
 
 
 @pytest.mark.parametrize("lie", [0, 7, 100, 10**6, 2**40, 2**63, 2**64 - 1])
