@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ import yaml
 import mixlora
 import models
 import train
-from benchmarks.worker import saved_bytes
+from benchmarks.worker import Trainee, saved_bytes, serve
 from mixlora.adapters import adapter_parameters, freeze_but, trained_parameters
 from mixlora.batches import joined
 from mixlora.checkpoint import Checkpoints
 from mixlora.data import Sample, collate
-from mixlora.estimate import GIB, RESERVED, Estimate, Held, estimate, sizes_of
+from mixlora.estimate import GIB, RESERVED, Estimate, Held, estimate, rows_of, sizes_of
 from mixlora.layers.adapted_model import AdaptedModel
 from mixlora.optim import OptimConfig, make_optimizer
 from mixlora.train_config import AdapterRun, LoopConfig, RunConfig
@@ -89,7 +90,8 @@ def predicted(case: Case, folder: Path) -> Estimate:
     return estimate(model, case.runs(), "cpu")
 
 
-def measured(case: Case, folder: Path) -> Estimate:
+def begun(case: Case) -> tuple[AdaptedModel, Callable[[], torch.Tensor]]:
+    """A model with the case's adapters, and the loss of a full micro-batch."""
     torch.manual_seed(0)
     runs = case.runs()
     model = put_adapters(models.new(case.values()).to(case.dtype), runs).train()
@@ -100,8 +102,7 @@ def measured(case: Case, folder: Path) -> Estimate:
     settings = runs[0].train
     model.gradient_checkpointing = settings.gradient_checkpointing
     model.recompute_ffn = settings.activation == "recompute"
-    rows = settings.micro_batch_size or settings.batch_size
-    tokens_BS = torch.randint(1, 500, (rows, settings.max_seq_len))
+    tokens_BS = torch.randint(1, 500, (rows_of(runs[0]), settings.max_seq_len))
     samples = [Sample(tokens, tokens) for tokens in tokens_BS.tolist()]
     batch, spans = joined({run.name: collate(samples) for run in runs})
 
@@ -115,11 +116,17 @@ def measured(case: Case, folder: Path) -> Estimate:
         )
         return loss_B.sum() + model.router_loss()
 
+    return model, loss
+
+
+def measured(case: Case, folder: Path) -> Estimate:
+    runs, (model, loss) = case.runs(), begun(case)
     resting = sum(sizes_of([*model.parameters(), *model.buffers()]).values())
     saved = saved_bytes(loss)
     trained = {run.name: trained_parameters(model, run.name) for run in runs}
     learned = [p for parameters in trained.values() for p in parameters.values()]
-    for p in learned if settings.batch_size > rows else ():  # of earlier micro-batches
+    accumulates = runs[0].train.batch_size > rows_of(runs[0])
+    for p in learned if accumulates else ():  # of earlier micro-batches
         p.grad = torch.zeros_like(p)
     held = Held(model, runs)
     held.known |= sizes_of([p.grad for p in learned if p.grad is not None]).keys()
@@ -163,11 +170,21 @@ def test_what_is_predicted_is_what_is_measured(name: str, tmp_path: Path) -> Non
         assert getattr(found, key) == pytest.approx(getattr(wanted, key), rel=0.1), key
 
 
-RESIDENT = {
-    "LoRA": Case({"a": {"r": 80}}),
-    "MixLoRA, dropout": Case({"a": DROPOUT}),
-    "DoRA": Case({"a": {"r": 16, "use_dora": True}}),
-}
+RESIDENT = [name for name, case in CASES.items() if "micro_batch_size" not in case.train]
+
+
+def larger(name: str, rows: int) -> Case:
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4}
+    loop = {"batch_size": rows, "max_seq_len": 512}
+    case = CASES[name]
+    return replace(case, config=case.config | sizes, train=case.train | loop)
+
+
+def trainee(options: dict) -> Trainee:
+    case = larger(**options["case"])
+    model, loss = begun(case)
+    trained = [trained_parameters(model, run.name).values() for run in case.runs()]
+    return Trainee(loss, [p for parameters in trained for p in parameters])
 
 
 @pytest.mark.slow
@@ -175,19 +192,12 @@ RESIDENT = {
 def test_a_process_grows_as_predicted(name: str, tmp_path: Path) -> None:
     """Physical memory, at most, of two steps: what more rows add to it. (In the first step a
     process also imports much.)"""
-    case = RESIDENT[name]
-    case.config = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4}
     wanted, grown = [], []
     for rows in (1, 6):
-        case.train = {"batch_size": rows, "max_seq_len": 512}
-        wanted.append(predicted(case, tmp_path).peak)
-        sizes = {key: value for key, value in case.values().items() if key != "model_type"}
-        tokens_BS = torch.randint(512, (rows, 512)).tolist()
-        options = {"with": "mixlora", "adapter": case.adapters["a"], "sizes": sizes}
-        options |= {"dtype": "float32", "device": "cpu", "tokens_BS": tokens_BS}
+        wanted.append(predicted(larger(name, rows), tmp_path).peak)
         answers = subprocess.run(
-            [sys.executable, "-m", "benchmarks.train_step_worker"],
-            input="\n".join([json.dumps(options), "step", "step", "peak"]) + "\n",
+            [sys.executable, "-m", "tests.test_estimate"],
+            input=json.dumps({"case": {"name": name, "rows": rows}}) + "\nstep\nstep\npeak\n",
             capture_output=True,
             text=True,
             check=True,
@@ -195,7 +205,7 @@ def test_a_process_grows_as_predicted(name: str, tmp_path: Path) -> None:
         ).stdout.splitlines()
         peak = json.loads(answers[-1])
         grown.append(peak["peak_bytes"] + peak["held_bytes"])
-    print(f"{wanted} / {grown}")
+    print(f"{wanted} / {grown}: {(wanted[1] - wanted[0]) / (grown[1] - grown[0]):.3f}")
     assert wanted[1] - wanted[0] == pytest.approx(grown[1] - grown[0], rel=0.1)
 
 
@@ -221,3 +231,7 @@ def test_a_card_is_not_filled() -> None:
     nothing = [0] * 8
     assert Estimate(*nothing, peak=int(24 * GIB - RESERVED), checkpoint=0).fits(24)
     assert not Estimate(*nothing, peak=int(24 * GIB - RESERVED) + 1, checkpoint=0).fits(24)
+
+
+if __name__ == "__main__":  # the process that grows
+    serve(trainee)
