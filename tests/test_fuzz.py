@@ -205,7 +205,7 @@ def test_fuzzed_configs(count: int, bounded) -> None:
     assert 0 < read < count
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(20_000, marks=slow)])
+@pytest.mark.parametrize("count", [2000, pytest.param(100_000, marks=slow)])
 def test_fuzzed_configs_of_checkpoints(count: int, tmp_path: Path, bounded, opened) -> None:
     """config.json, the index and a shard's header."""
     rng = random.Random(2)
