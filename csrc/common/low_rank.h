@@ -183,7 +183,7 @@ INLINE void panel_tile(
 }
 
 // y_M[m][i] += sum_j c(m, j) a[j][i] for m < M, j < J factors and i < columns, a multiple of
-// kWidth. No y is that of two rows. Not inlined: one copy serves all types of the same factors.
+// kWidth; the y of two rows may be one. Not inlined: one copy serves all types of the same factors.
 template <class P>
 __attribute__((noinline)) void panel(Coefficients<P> c,
                                      const P* a,

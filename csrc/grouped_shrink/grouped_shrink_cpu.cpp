@@ -144,13 +144,12 @@ void expand_rows(const GroupedShrinkParams& p) {
         continue;
       }
       w.read(e, i, columns, w_RI.data(), kPanelColumns);
-      while (first < last) {
+      for (; first < last; first += kBlockRows) {
+        const int64_t rows = std::min<int64_t>(kBlockRows, last - first);
         const P* a = reinterpret_cast<const P*>(a_NR.data()) + (first - p.row_slot_N) * J;
         S* x_N[kBlockRows];
-        int64_t rows = 0;
-        for (int64_t t = -1; rows < kBlockRows && first < last && *first / p.K != t; ++first) {
-          t = *first / p.K;
-          x_N[rows++] = x_MI.data() + (t - t0) * kPanelColumns;
+        for (int64_t n = 0; n < rows; ++n) {
+          x_N[n] = x_MI.data() + (first[n] / p.K - t0) * kPanelColumns;
         }
         panel<P>({a, J, 1}, w_RI.data(), kPanelColumns, rows, J, padded, x_N);
       }

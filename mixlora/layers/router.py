@@ -8,11 +8,12 @@ import abc
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
 from mixlora.layers.context import Sequences
@@ -46,12 +47,12 @@ class Router(nn.Module, abc.ABC):
 
     def logits(self, x_TD: Tensor, sequences: Sequences) -> Tensor:
         wide = torch.promote_types(self.weight.dtype, torch.float32)  # also in a model cast to bf16
-        x_TD = x_TD.to(wide)
         if self.training and self.jitter_noise:  # on a copy: the experts see x itself
             low, high = 1 - self.jitter_noise, 1 + self.jitter_noise
             generator = seeded(sequences.seed(), x_TD.device)
-            x_TD = x_TD * torch.empty_like(x_TD).uniform_(low, high, generator=generator)
-        return x_TD @ self.weight.to(wide).T
+            noise_TD = torch.empty_like(x_TD, dtype=wide).uniform_(low, high, generator=generator)
+            x_TD = x_TD * noise_TD
+        return _WideProduct.apply(x_TD, self.weight, wide)
 
     def forward(self, x_TD: Tensor, sequences: Sequences) -> Routing:
         return self.choose(self.logits(x_TD, sequences), sequences)
@@ -59,6 +60,27 @@ class Router(nn.Module, abc.ABC):
     @abc.abstractmethod
     def choose(self, logits_TE: Tensor, sequences: Sequences) -> Routing:
         """Experts and weights of every token, and the sums of the losses (`routing_sums`)."""
+
+
+class _WideProduct(torch.autograd.Function):
+    """x W^T in `wide`. What is kept for backward is x as it is: its copy is made again."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor, wide: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ED)
+        ctx.wide = wide
+        return x_TD.to(wide) @ weight_ED.to(wide).T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlogits_TE: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weight_ED = ctx.saved_tensors
+        dx_TD = dweight_ED = None
+        if ctx.needs_input_grad[0]:
+            dx_TD = (dlogits_TE @ weight_ED.to(ctx.wide)).to(x_TD.dtype)
+        if ctx.needs_input_grad[1]:
+            dweight_ED = (dlogits_TE.T @ x_TD.to(ctx.wide)).to(weight_ED.dtype)
+        return dx_TD, dweight_ED, None
 
 
 class TopKRouter(Router):

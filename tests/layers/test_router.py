@@ -26,6 +26,22 @@ def some_layers(num_layers: int, T: int, E: int) -> list[Tensor]:
     ]
 
 
+def test_logits_are_fp32_and_keep_no_copy_of_x() -> None:
+    router = TopKRouter(64, 8)
+    x_TD = normal(20, 64, dtype=torch.bfloat16).requires_grad_()
+    dlogits_TE = normal(20, 8, dtype=torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        logits_TE = router.logits(x_TD, SEQUENCES)
+    leaves = x_TD, router.weight
+    wanted_TE = x_TD.float() @ router.weight.T
+    assert torch.equal(logits_TE, wanted_TE) and logits_TE.dtype == torch.float32
+    found, wanted = (torch.autograd.grad(y, leaves, dlogits_TE) for y in (logits_TE, wanted_TE))
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in leaves}
+
+
 @pytest.mark.parametrize("E, K", [(8, 2), (4, 1), (5, 5), (3, 2), (1, 1)])
 @pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("num_layers", [1, 3])
