@@ -11,6 +11,10 @@
 //   });
 #pragma once
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -83,17 +87,26 @@ INLINE Vec<double> load(const double* p) {
   memcpy(&x, p, sizeof x);
   return x;
 }
+// By hand, since gcc 12 would widen each half of a vector and put them together.
+INLINE Bits32 widen_bits(Bits16 x) {
+#if defined(__AVX512F__)
+  return (Bits32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x);
+#elif defined(__AVX2__)
+  return (Bits32)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, Bits32);
+#endif
+}
 INLINE Vec<float> load(const Bf16* p) {
   Bits16 narrow_bits;
   memcpy(&narrow_bits, p, sizeof narrow_bits);
-  const Bits32 bits = __builtin_convertvector(narrow_bits, Bits32) << 16;
-  return (Vec<float>)bits;
+  return (Vec<float>)(widen_bits(narrow_bits) << 16);
 }
 // What is below 2^-14 has no leading one: it counts units of 2^-24.
 INLINE Vec<float> load(const Fp16* p) {
   Bits16 narrow_bits;
   memcpy(&narrow_bits, p, sizeof narrow_bits);
-  const Bits32 bits = __builtin_convertvector(narrow_bits, Bits32);
+  const Bits32 bits = widen_bits(narrow_bits);
   const Bits32 sign = (bits & 0x8000) << 16, size = bits & 0x7fff;
   const Bits32 small = (Bits32)(__builtin_convertvector((Ints)size, Vec<float>) * 0x1p-24f);
   const Bits32 normal = (size << 13) + (112 << 23);

@@ -106,10 +106,11 @@ struct SideRows {
   const T* base[kRows];
   const S *scale, *bias;
 
-  // `product` is s B a; `before` becomes what DoRA scales.
+  // `product` is s B a; `before` becomes what DoRA scales, where it may be there.
+  template <bool kDora>
   INLINE Vec<S> at(int m, int64_t f, Vec<S> product, Vec<S>& before) const {
     before = load(base[m] + f) + product;
-    if (scale == nullptr) return before;
+    if (!kDora || scale == nullptr) return before;
     if (bias == nullptr) return load(scale + f) * before;
     before -= load(bias + f);
     return load(scale + f) * before + load(bias + f);
@@ -422,9 +423,10 @@ class Glu {
     const int64_t slot = rows.all[n].slot;
     return slot < 0 ? 0 : static_cast<const S*>(p.weight_TK)[slot];
   }
+  bool has_dropout() const { return has_down && p.dropout != 0; }
   // What dropout multiplies h by, or null.
   const S* draw_mask(int64_t n, int64_t chunk, S* mask) const {
-    if (!has_down || p.dropout == 0) return nullptr;
+    if (!has_dropout()) return nullptr;
     std::fill_n(mask, kRows * kStride, S(1));
     for (int m = 0; m < kRows; ++m) {
       const int64_t slot = rows.all[n + m].slot;

@@ -58,8 +58,9 @@ class Forward : Glu<T, P> {
 #pragma GCC unroll 8
         for (int m = 0; m < kRows; ++m) {
           Vec<S> h, slope, before;
-          activate<kAct, Kept<P>>(step.gate.at(m, f, product[v][0][m], before), h, slope);
-          h *= step.up.at(m, f, product[v][1][m], before);
+          activate<kAct, Kept<P>>(
+              step.gate.template at<true>(m, f, product[v][0][m], before), h, slope);
+          h *= step.up.template at<true>(m, f, product[v][1][m], before);
           step.hbar[m].add(f, splat(step.weight[m]) * h);
           if (step.mask != nullptr) h *= load(step.mask + m * kStride + f);
           store_normal(step.h + m * kStride + f, h);
