@@ -21,6 +21,11 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+
+# Its functions take the process group that there is at their import for a default. Imported later,
+# as by the optimizer's first step, they would keep it, and its threads beyond the program's end,
+# which abort where they then ask for the interpreter.
+import torch.distributed.nn.functional
 from torch import Tensor, nn
 
 from mixlora.errors import InputError, command

@@ -285,6 +285,26 @@ def test_alone_all_is_as_it_was() -> None:
     assert processes.device("cpu") == torch.device("cpu")
 
 
+def test_no_thread_outlives_the_process_group() -> None:
+    """One that asks for an interpreter which is ending aborts the program after its work."""
+    code = (
+        "import os, torch; from mixlora import processes; processes.begin(); processes.wait()\n"
+        "torch.optim.AdamW([torch.zeros(1)]).step()\n"  # imports what it needs
+        "torch.distributed.destroy_process_group()\n"
+        "print(*(open(f'/proc/self/task/{x}/comm').read() for x in os.listdir('/proc/self/task')))"
+    )
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **environment, "MASTER_PORT": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "python" in done.stdout and "gloo" not in done.stdout
+
+
 def fail_in_the_second(kind: str, *arguments: str) -> int:
     """A run whose process 1 fails in its third step."""
     set_lr = training.set_lr
