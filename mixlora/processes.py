@@ -21,11 +21,6 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-
-# Its functions take the process group that there is at their import for a default. Imported later,
-# as by the optimizer's first step, they would keep it, and its threads beyond the program's end,
-# which abort where they then ask for the interpreter.
-import torch.distributed.nn.functional
 from torch import Tensor, nn
 
 from mixlora.errors import InputError, command
@@ -38,7 +33,7 @@ BUCKET = 1 << 23  # elements that are summed at once: 32 MiB
 
 def together(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
     """A script's `main(argv)` in every process that torchrun started: where it fails in one, all
-    end, and the first that failed says why. Below `errors.command`."""
+    end, and the first that failed says why; of several none returns. Below `errors.command`."""
 
     @functools.wraps(main)
     def joined(argv: list[str]) -> int:
@@ -51,7 +46,7 @@ def together(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
         except BaseException as error:
             end_all(error)
         dist.destroy_process_group()
-        return code
+        leave(code)
 
     return joined
 
@@ -91,9 +86,16 @@ def end_all(error: BaseException) -> NoReturn:
     except BaseException:
         traceback.print_exception(error)
         code = 1
+    leave(code)  # what else is left would wait for processes that are no more
+
+
+def leave(code: int) -> NoReturn:
+    """Without the interpreter's end: torch keeps the group, and its threads, of a sharded model, or
+    where an optimizer's first step imported the rest of torch; they abort if they then ask for it.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # what else is left would wait for processes that are no more
+    os._exit(code)
 
 
 def rank() -> int:
