@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mixlora.adapter_config import ALL_LINEAR, AdapterConfig
 from mixlora.errors import InputError, did_you_mean
@@ -194,7 +194,7 @@ def merge(model: AdaptedModel, name: str = "default") -> float:
     with model.evaluating():
         before = model(tokens_BS)
     for _, base in merged:
-        base.weight.copy_(merged_weight(base, base.adapters[name]))
+        base.weight.copy_(base.adapters[name].merged(base))
         del base.adapters[name]
     kept = {path for path in _sites(model) if _is_target(path, config)} - dict(merged).keys()
     if kept:
@@ -212,13 +212,6 @@ def merge(model: AdaptedModel, name: str = "default") -> float:
     largest = before.abs().max().item()
     print(f"merged {name}: logits differ by at most {difference:.2g}, they reach {largest:.3g}")
     return difference
-
-
-def merged_weight(base: Linear, lora: Lora) -> Tensor:
-    """m / ||W + s B A|| (W + s B A), or W + s B A without DoRA, computed in fp32."""
-    weight = base.weight.to(lora.lora_A.dtype) + lora.scaling * lora.lora_B @ lora.lora_A
-    scale_O = lora.dora_scale(base)
-    return weight if scale_O is None else scale_O[:, None] * weight
 
 
 def config_of(model: AdaptedModel, name: str) -> AdapterConfig:

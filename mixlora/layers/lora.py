@@ -117,6 +117,17 @@ class LoraPair(nn.Module):
             self._norm_state, self._norm = state, self.row_norm(base)
         return self.lora_magnitude_vector / self._norm
 
+    def merged(self, base: Linear, expert: int | None = None) -> Tensor:
+        """m / ||W + s B A|| (W + s B A), or W + s B A without DoRA, of the one pair or of an
+        expert's: computed in fp32, [O, I] in the dtype of W."""
+        lora_a, lora_b, scale = self.lora_A, self.lora_B, self.dora_scale(base)
+        if expert is not None:
+            lora_a, lora_b = lora_a[expert], lora_b[expert]
+            scale = None if scale is None else scale[expert]
+        weight = base.weight.to(lora_a.dtype) + self.scaling * lora_b @ lora_a
+        weight = weight if scale is None else scale[:, None] * weight
+        return weight.to(base.weight.dtype)
+
     def row_norm(self, base: Linear) -> Tensor:
         """||W + s B A|| of every row, expanded so that the sum is never formed:
 
