@@ -466,21 +466,23 @@ def dora(E: int, F: int, sides: str, bias: bool, dtype=torch.float64) -> dict[st
 @pytest.mark.parametrize("sides", ["gate", "up", "gate up"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_dora(T: int, K: int, E: int, load: str, sides: str, bias: bool) -> None:
-    compare_dora(some_plan(T, K, E, load), E, sides, bias)
+    compare_dora(some_plan(T, K, E, load), E, sides, bias, dropout=0.3)
 
 
-def test_dora_of_both_sides() -> None:
-    compare_dora(some_plan(24, 3, 5, "empty slots"), 5, "gate up", bias=True)
+@pytest.mark.parametrize("sides", ["gate", "up", "gate up"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_dora_with_dropout_or_without(sides: str, dropout: float) -> None:
+    compare_dora(some_plan(24, 3, 5, "empty slots"), 5, sides, True, dropout)
 
 
-def compare_dora(plan: ops.Plan, E: int, sides: str, bias: bool) -> None:
+def compare_dora(plan: ops.Plan, E: int, sides: str, bias: bool, dropout: float) -> None:
     tensors = inputs(plan, E)
     results = []
     for op in (ops.shared_glu, ops.shared_glu_ref):
         leaves = [x.detach().clone().requires_grad_() for x in tensors]
         extra = dora(E, 13, sides, bias)
         scales = [x.requires_grad_() for name, x in extra.items() if "scale" in name]
-        arguments = *leaves[:7], plan, leaves[7], SCALING, "silu", 0.3, SEED
+        arguments = *leaves[:7], plan, leaves[7], SCALING, "silu", dropout, SEED
         outputs = op(*arguments, **extra)
         dys = [normal(*x.shape, seed=20 + i) for i, x in enumerate(outputs)]
         grads = torch.autograd.grad(outputs, [*leaves, *scales], dys, materialize_grads=True)
