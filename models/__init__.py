@@ -158,7 +158,7 @@ def save(model: AdaptedModel, directory: str | Path) -> None:
     config.json, model.safetensors and the files of the tokenizer; adapters are not in it.
     """
     directory = Path(directory)
-    _check_save(model, directory)
+    _check_save("save", model, directory)
     with torch.device("meta"):
         names = type(model)(model.config).state_dict().keys()
     if model.config.tie_word_embeddings:
@@ -182,7 +182,7 @@ def save_mixtral(model: AdaptedModel, directory: str | Path, name: str = "defaul
     if name not in model.adapter_configs:
         hint = did_you_mean(name, model.adapter_configs)
         raise InputError(f"save_mixtral: the model has no adapter named {name!r}{hint}")
-    _check_save(model, directory)
+    _check_save("save_mixtral", model, directory)
     base = read_json(model.folder / "config.json")
     mixtral.check(model, name, base["model_type"])
     _copy_tokenizer(model, directory)
@@ -197,13 +197,15 @@ def save_mixtral(model: AdaptedModel, directory: str | Path, name: str = "defaul
     write_json(directory / "config.json", mixtral.config_of(model, name, base))
 
 
-def _check_save(model: AdaptedModel, directory: Path) -> None:
+def _check_save(what: str, model: AdaptedModel, directory: Path) -> None:
     if model.folder is None:
-        raise InputError("save: the model was not loaded from a checkpoint: it has no config.json")
+        raise InputError(
+            f"{what}: the model was not loaded from a checkpoint: it has no config.json"
+        )
     if any(isinstance(x, Linear) and x.quantized is not None for x in model.modules()):
-        raise InputError("save: the base is quantised: load it without quantize")
+        raise InputError(f"{what}: the base is quantised: load it without quantize")
     if directory.resolve() == model.folder.resolve():
-        raise InputError(f"save: {directory} is where the model's own weights are read from")
+        raise InputError(f"{what}: {directory} is where the model's own weights are read from")
 
 
 def _copy_tokenizer(model: AdaptedModel, directory: Path) -> None:

@@ -10,7 +10,7 @@ import models
 from mixlora.errors import InputError
 from mixlora.files import read_json
 from tests.numerics import assert_close
-from tests.tiny import MIXLORA, add_filled, some_tokens, tiny_checkpoint
+from tests.tiny import MIXLORA, SIZES, add_filled, some_tokens, tiny_checkpoint
 
 SETTINGS = {
     "all projections": {},
@@ -94,3 +94,10 @@ def test_an_adapter_that_is_not_there(tmp_path: Path) -> None:
     mixlora.add_adapter(model, mixlora.AdapterConfig(**MIXLORA), "alpaca")
     with pytest.raises(InputError, match="no adapter named 'alpca' .did you mean 'alpaca'"):
         models.save_mixtral(model, tmp_path / "mixtral", "alpca")
+
+
+def test_a_model_without_a_checkpoint(tmp_path: Path) -> None:
+    model = models.new({"model_type": "llama", **SIZES})
+    mixlora.add_adapter(model, mixlora.AdapterConfig(**MIXLORA))
+    with pytest.raises(InputError, match="^save_mixtral: the model was not loaded"):
+        models.save_mixtral(model, tmp_path / "mixtral")
