@@ -3,6 +3,7 @@ suffice."""
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -48,12 +49,34 @@ def _number(x: float) -> float | str:
     return x if math.isfinite(x) else str(x)  # JSON has no nan
 
 
+WORDS = (
+    "DefaultCPUAllocator",
+    "std::bad_alloc",
+    "CUDA error: out of memory",  # of CUDA itself, and of its libraries
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+# where our operators ask torch for memory, through an interface that loses the reason
+IN_AN_OPERATOR = re.compile(r'"aten::(new_empty|empty_like|contiguous|to)".* API call failed', re.S)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """The CPU's allocator raises a plain RuntimeError, and so does a kernel."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    words = ("DefaultCPUAllocator", "std::bad_alloc")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    if not isinstance(error, RuntimeError):
+        return False
+    if IN_AN_OPERATOR.search(str(error)):
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # raises what a kernel did before: it fails all that follows
+        return True
+    return any(word in str(error) for word in WORDS)
+
+
+def reason_of(error: BaseException) -> str:
+    """Of one that is out of memory, without what a GPU's allocator adds."""
+    if IN_AN_OPERATOR.search(str(error)):
+        return "an operator found none for what it returns"
+    return str(error).partition(" Of the allocated memory")[0].strip() or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -65,7 +88,7 @@ def memory_for_training(state: Callable[[], str], needed: Callable[[], float]) -
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        said = str(error).partition(" Of the allocated memory")[0].strip() or type(error).__name__
+        said = reason_of(error)
         error.__traceback__ = None  # its frames hold what was being computed
         raise InputError(
             f"out of memory ({said}) in {state()}. By --estimate it takes up to {needed():.3f} GiB "

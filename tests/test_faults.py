@@ -18,7 +18,7 @@ import yaml
 import mixlora
 import models
 import train
-from mixlora import training
+from mixlora import ops, training
 from mixlora.adapters import adapter_parameters, trained_parameters
 from mixlora.errors import InputError
 from mixlora.evaluation import evaluate, load_questions
@@ -181,16 +181,42 @@ def cpu_error() -> RuntimeError:
     raise AssertionError("an exabyte was there")
 
 
+def operator_error() -> RuntimeError:
+    """It speaks of no memory."""
+    try:
+        ops.dropout(torch.empty(1, 1).expand(1 << 30, 1 << 30), 0.1, torch.tensor(0))
+    except RuntimeError as error:
+        return error
+    raise AssertionError("exabytes were there")
+
+
 ERRORS = {
     "gpu": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     "cpu": cpu_error,
+    "operator": operator_error,
 }
 
 
 def test_what_is_an_out_of_memory_error() -> None:
     assert all(is_out_of_memory(error()) for error in ERRORS.values())
     assert is_out_of_memory(MemoryError()) and is_out_of_memory(RuntimeError("std::bad_alloc"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"))
     assert not is_out_of_memory(RuntimeError("shapes differ")) and not is_out_of_memory(OSError())
+    other = str(operator_error()).replace("new_empty", "view").replace("contiguous", "view")
+    assert "API call failed" in other and not is_out_of_memory(RuntimeError(other))
+
+
+def test_what_a_gpu_did_before_is_not_taken_for_memory(monkeypatch) -> None:
+    """An allocation fails of it, too."""
+
+    def wait() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    error = operator_error()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        is_out_of_memory(error)
 
 
 class Failing:
@@ -213,6 +239,7 @@ class Failing:
     [
         ("forward", "cpu"),
         pytest.param("forward", "gpu", marks=SLOW),
+        pytest.param("forward", "operator", marks=SLOW),
         pytest.param("backward", "cpu", marks=SLOW),
         pytest.param("optimizer", "cpu", marks=SLOW),
     ],
@@ -281,16 +308,16 @@ sys.exit(train.main(["--config", {str(tmp_path / "config.yaml")!r}]))
 TASKS = {"mixlora-fixed": ["arc-e", "boolq"], "mixlora": ["arc-e"], "llm-adapters": ["arc-e"]}
 
 
-@pytest.mark.parametrize("protocol", TASKS)
+@pytest.mark.parametrize("protocol, error", [*zip(TASKS, ERRORS, strict=True)])
 def test_an_evaluation_halves_its_batch_and_loses_no_row(
-    checkpoint: Path, task_folder: Path, monkeypatch, capsys, protocol: str
+    checkpoint: Path, task_folder: Path, monkeypatch, capsys, protocol: str, error: str
 ) -> None:
     model, tokenizer = models.load(checkpoint), Tokenizer(checkpoint)
     questions = load_questions(protocol, task_folder, TASKS[protocol])
     expected = evaluate(model, tokenizer, questions, 12, protocol)
     capsys.readouterr()
     real = type(model).forward
-    failing = Failing(real, ERRORS["gpu"], when=lambda model, tokens_BS, *_: len(tokens_BS) > 3)
+    failing = Failing(real, ERRORS[error], when=lambda model, tokens_BS, *_: len(tokens_BS) > 3)
     monkeypatch.setattr(type(model), "forward", lambda *a, **k: failing(*a, **k))
     results, rows = evaluate(model, tokenizer, questions, 12, protocol)
     told = [x for x in capsys.readouterr().err.splitlines() if x.startswith("memory")]
