@@ -5,6 +5,7 @@ One YAML file says everything (docs/config.md). A run leaves in `run.dir`:
     config.yaml                     the settings in full
     data.json, base.json            digests of the data and of the base model
     status.json                     where it stands: `python -m mixlora.watch <run.dir>`
+    out-of-memory-N.json            what held memory in step N, where none was left
     <adapter>/metrics.jsonl         a line per step
     <adapter>/routing.png           how the experts fared, over the steps
     <adapter>/checkpoints/step-N/   what --resume goes on from
@@ -15,10 +16,12 @@ docs/running.md says how a run is stopped and taken up, and what a failure leave
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -32,7 +35,7 @@ from mixlora.batches import alike, joined
 from mixlora.data import Batch, load_dataset
 from mixlora.determinism import deterministic
 from mixlora.errors import ArgumentParser, InputError, command
-from mixlora.estimate import GIB, Estimate, estimate, rows_of
+from mixlora.estimate import Estimate, estimate, rows_of
 from mixlora.evaluation import evaluate, load_questions
 from mixlora.faults import memory_for_training
 from mixlora.layers.adapted_model import AdaptedModel
@@ -158,19 +161,34 @@ def fine_tune(
     shall stop, each ends the step that it is in and is saved.
     """
     model.train()
-    together = config.run.together
-    training = {adapter.name: adapter for adapter in itertools.islice(waiting, together)}
+    training: dict[str, AdapterTraining] = {}
 
     def state() -> str:
         return "; ".join(adapter.state for adapter in training.values())
 
+    def snapshot() -> Path:
+        step = max((adapter.step + 1 for adapter in training.values()), default=0)
+        process = f"-process-{processes.rank()}" if processes.world_size() > 1 else ""
+        return Path(config.run.dir) / f"out-of-memory-{step:06d}{process}.json"
+
+    def needed() -> dict[str, int]:
+        return dataclasses.asdict(estimated(config)[1])
+
+    def memory(state: Callable[[], str]) -> AbstractContextManager:
+        return memory_for_training(model, state, needed, snapshot)
+
+    def begin(count: int | None) -> None:
+        with memory(lambda: "the beginning of an adapter's training"):
+            training.update((x.name, x) for x in itertools.islice(waiting, count))
+
+    begin(config.run.together)
     while training:
         ended = [adapter for adapter in training.values() if adapter.has_ended]
         for adapter in ended:
             adapter.end()
             yield training.pop(adapter.name)
             if not stop.asked():
-                training |= {adapter.name: adapter for adapter in itertools.islice(waiting, 1)}
+                begin(1)
         if ended:
             continue
         stops = stop.asked()
@@ -179,7 +197,7 @@ def fine_tune(
             for adapter in training.values():
                 adapter.pause()
             return
-        with memory_for_training(state, lambda: estimated(config)[1].peak / GIB):
+        with memory(state):
             due = {name: adapter.next_batch() for name, adapter in going.items()}
             for batches in alike({name: batch for name, batch in due.items() if batch}):
                 forward_backward(model, going, batches)

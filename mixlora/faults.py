@@ -5,6 +5,7 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from mixlora.data import Sample
 from mixlora.errors import InputError
+from mixlora.memory import Snapshot
 from mixlora.metrics import tell
 
 Item = TypeVar("Item")
@@ -80,22 +82,31 @@ def reason_of(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def memory_for_training(state: Callable[[], str], needed: Callable[[], float]) -> Iterator[None]:
-    """A failed allocation becomes one error, which says `state()`, how many GiB are `needed()`, and
-    what would need less."""
+def memory_for_training(
+    model: nn.Module,
+    state: Callable[[], str],
+    estimated: Callable[[], Mapping[str, int]],
+    snapshot: Callable[[], Path],
+) -> Iterator[None]:
+    """A failed allocation becomes one error, which says `state()`, the `peak` of the bytes that are
+    `estimated()`, and what would need less. What held memory is written to the file `snapshot()`.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         said = reason_of(error)
+        held = Snapshot(model)
         error.__traceback__ = None  # its frames hold what was being computed
+        where, needed = state(), estimated()
+        written = held.write(snapshot(), error=said, state=where, estimated_bytes=dict(needed))
         raise InputError(
-            f"out of memory ({said}) in {state()}. By --estimate it takes up to {needed():.3f} GiB "
-            "without what kernels and libraries take for themselves. Less is needed with "
-            "train.gradient_checkpointing=true or train.activation=recompute, with which --resume "
-            "goes on to the same bits; or, with --allow-changes, with a smaller "
-            "train.micro_batch_size or train.max_seq_len"
+            f"out of memory ({said}) in {where}; {written}. By --estimate it takes up to "
+            f"{needed['peak'] / 2**30:.3f} GiB without what kernels and libraries take for "
+            "themselves. Less is needed with train.gradient_checkpointing=true or "
+            "train.activation=recompute, with which --resume goes on to the same bits; or, with "
+            "--allow-changes, with a smaller train.micro_batch_size or train.max_seq_len"
         ) from None
 
 

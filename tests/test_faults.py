@@ -1,10 +1,12 @@
 """Steps that go wrong, and that nothing else does for it: numbers that are not finite, memory that
 does not suffice, odd rows, long runs."""
 
+import errno
 import hashlib
 import json
 import math
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -18,13 +20,14 @@ import yaml
 import mixlora
 import models
 import train
-from mixlora import ops, training
+from mixlora import memory, ops, training
 from mixlora.adapters import adapter_parameters, trained_parameters
 from mixlora.errors import InputError
 from mixlora.evaluation import evaluate, load_questions
 from mixlora.faults import in_batches, is_out_of_memory
 from mixlora.files import TensorFile, write_tensors
 from mixlora.layers.adapted_model import AdaptedModel
+from mixlora.memory import MOST, Snapshot, largest_tensors
 from mixlora.tokenizer import Tokenizer
 from tests.conftest import write_rows
 from tests.runs import LORA, MIXLORA, assert_same_weights, metrics, run, weights
@@ -274,20 +277,160 @@ def test_memory_that_fails_in_training(
         per_step = 1 if place == "optimizer" else 2
         assert "By --estimate it takes up to 0.00" in told
         saved = "none saved" if at <= per_step else "last checkpoint after step 1"
-        assert f"in default, step {(at + per_step - 1) // per_step} with batches of [3, " in told
+        step = (at + per_step - 1) // per_step
+        assert f"in default, step {step} with batches of [3, " in told
         assert saved in told
+        path = tmp_path / "run" / f"out-of-memory-{step:06d}.json"
+        assert f"; what held memory is in {path}. By --estimate" in told
+        assert strict_json(path)["tensors"]["storages"] > 0
         run(settings, tmp_path, "--resume", "train.gradient_checkpointing=true")
         assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
         assert_same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     assert at == 2 * per_step + 1 and code == 0
 
 
-@SLOW
-def test_memory_that_is_really_not_there(settings: dict, tmp_path: Path) -> None:
-    """The program may have 64 MB more than it has when training begins."""
+def failing_forward(at: int, *sizes: int) -> Callable:
+    """Has made a tensor of these sizes where at its `at`-th call it fails."""
+    forward_backward = Failing(train.forward_backward, cpu_error, at)
+
+    def run(*arguments: object) -> None:
+        large = torch.empty(*sizes)
+        forward_backward(*arguments)
+        del large
+
+    return run
+
+
+def test_what_held_memory_is_in_a_file(settings: dict, tmp_path: Path, monkeypatch, capsys) -> None:
+    settings["run"] |= {"save_every_steps": 1}
+    monkeypatch.setattr(train, "forward_backward", failing_forward(5, 1001, 997))
+    folder = run(settings, tmp_path, code=2)
+    monkeypatch.undo()
+    report = strict_json(folder / "out-of-memory-000002.json")
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert report["error"] in told and report["state"] in told
+    assert report["state"].startswith("default, step 2 with batches of [3, ")
+    parts = report["estimated_bytes"]
+    assert f"up to {parts['peak'] / 2**30:.3f} GiB" in told
+    assert {"base", "adapters", "gradients", "optimizer", "saved", "backward"} < parts.keys()
+    assert parts["base"] < report["resident_bytes"] <= report["peak_bytes"] < 1 << 40
+    tensors = report["tensors"]
+    first, *others = tensors["largest"]
+    size = {"bytes": 4 * 1001 * 997, "count": 1, "shape": [1001, 997], "name": None}
+    assert first == {**size, "dtype": "float32", "device": "cpu"}
+    sizes = [kind["bytes"] for kind in tensors["largest"]]
+    assert len(sizes) == MOST and sizes == sorted(sizes, reverse=True)
+    assert sum(sizes) <= tensors["bytes"] and sizes[0] + parts["base"] < tensors["bytes"]
+    assert sum(kind["count"] for kind in tensors["largest"]) <= tensors["storages"]
+    model = models.load(settings["model"]["base"])
+    shapes = {name: list(x.shape) for name, x in model.named_parameters()}
+    largest = max(shapes, key=lambda name: math.prod(shapes[name]))
+    (found,) = (kind for kind in others if kind["name"] == largest)
+    assert (found["shape"], found["count"]) == (shapes[largest], 1)
+    run(settings, tmp_path, "--resume")
+
+
+@pytest.mark.parametrize("fault", ["the disk is full", "there is no memory for it"])
+def test_what_cannot_be_written_hides_no_error(
+    settings: dict, tmp_path: Path, monkeypatch, capsys, fault: str
+) -> None:
+    settings["run"] |= {"save_every_steps": 1}
+    write = os.write
+
+    def full(descriptor: int, content: bytes) -> int:
+        if "out-of-memory" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, content)
+
+    def no_memory(model: AdaptedModel) -> dict:
+        raise MemoryError
+
+    path = tmp_path / "run" / "out-of-memory-000002.json"
+    wanted = f"cannot be written to {path}: No space left on device."
+    monkeypatch.setattr(train, "forward_backward", failing_forward(5, 2))
+    if fault == "the disk is full":
+        monkeypatch.setattr(os, "write", full)
+    else:
+        monkeypatch.setattr(memory, "largest_tensors", no_memory)
+        wanted = "cannot be told: MemoryError."
+    folder = run(settings, tmp_path, code=2)
+    told = capsys.readouterr().err
+    assert "Traceback" not in told and told.splitlines()[-1].startswith("error: out of memory (")
+    assert f"; what held memory {wanted} By --estimate" in told
+    assert not [path.name for path in folder.iterdir() if "out-of-memory" in path.name]
+    monkeypatch.undo()
+    run(settings, tmp_path, "--resume")
+
+
+def test_memory_that_fails_as_training_begins(
+    settings: dict, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    collate = Failing(training.collate, cpu_error, 1)
+    monkeypatch.setattr(training, "collate", lambda *a: collate(*a))
+    folder = run(settings, tmp_path, code=2)
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("error: out of memory (")
+    path = folder / "out-of-memory-000000.json"
+    assert f"in the beginning of an adapter's training; what held memory is in {path}" in told
+    assert strict_json(path)["tensors"]["storages"] > 0
+
+
+def test_tensors_are_counted_by_their_storage() -> None:
+    model = tiny_model()
+    weight = model.model["embed_tokens"].weight
+    weight.grad = torch.ones_like(weight)
+    expanded = torch.empty(77, 1).expand(77, 10**9)
+    whole = torch.empty(3 * 5003)
+    parts = whole.view(3, 5003).unbind()
+    pairs = [torch.empty(6007, dtype=torch.float64) for _ in range(2)]
+    others = [torch.empty(8009, device="meta"), torch.eye(91).to_sparse()]
+    before = largest_tensors(model)
+    more = torch.empty(10**6, dtype=torch.uint8)
+    after = largest_tensors(model)
+    assert after["bytes"] == before["bytes"] + len(more)
+    assert after["storages"] == before["storages"] + 1
+    found = {tuple(x["shape"]): x for x in after["largest"]}
+    assert found[10**6,]["dtype"] == "uint8" and found[10**6,]["bytes"] == 10**6
+    assert (found[15009,]["bytes"], found[15009,]["count"]) == (4 * 15009, 1)
+    assert found[15009,]["name"] is None and (5003,) not in found
+    assert (found[6007,]["bytes"], found[6007,]["count"]) == (2 * 8 * 6007, 2)
+    names = [kind["name"] for kind in after["largest"]]
+    assert names.count("model.embed_tokens.weight") == 1
+    assert names.count("model.embed_tokens.weight.grad") == 1
+    assert not {(77, 10**9), (8009,), (91, 91)} & found.keys()
+    del expanded, whole, parts, pairs, others
+
+
+def test_a_gpus_allocator_is_asked(tmp_path: Path, monkeypatch) -> None:
+    """With the CPU in the GPU's place."""
+    stats, blocks = {"num_ooms": 1}, {"segments": [], "device_traces": []}
+    model = tiny_model()
+    assert "cuda" not in Snapshot(model).held
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: blocks)
+    monkeypatch.setattr(memory, "device_of", lambda model: torch.device("cuda:0"))
+    path = tmp_path / "held.json"
+    said = Snapshot(model).write(path, step=3)
+    assert said == f"what held memory is in {path}; what held memory is in {tmp_path}/held.pickle"
+    report = strict_json(path)
+    assert report["step"] == 3 and report["cuda"] == stats
+    assert pickle.loads((tmp_path / "held.pickle").read_bytes()) == blocks
+
+
+def too_large(settings: dict, tmp_path: Path) -> dict:
+    """A step of 4,000 rows, which takes 3 GB."""
     settings["train"] |= {"batch_size": 4000, "micro_batch_size": 4000}
     settings["data"] |= {"files": [{"path": str(tmp_path / "rows.jsonl")}]}
     write_rows(tmp_path / "rows.jsonl", [{"instruction": "la " * 30, "output": "la"}] * 4000)
+    return settings
+
+
+@SLOW
+@pytest.mark.parametrize("megabytes", [1, 64, 200, 600])
+def test_memory_that_is_really_not_there(settings: dict, tmp_path: Path, megabytes: int) -> None:
+    """The program may have so many more than it has when training begins; 1 may not suffice to look
+    what holds the rest."""
+    settings = too_large(settings, tmp_path)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     limited = f"""
 import resource, sys, train
@@ -295,14 +438,38 @@ real = train.AdapterTraining.begin_step
 def begin_step(self):
     real(self)
     pages = int(open("/proc/self/statm").read().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + (64 << 20),) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + ({megabytes} << 20),) * 2)
 train.AdapterTraining.begin_step = begin_step
 sys.exit(train.main(["--config", {str(tmp_path / "config.yaml")!r}]))
 """
     done = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: out of memory (")
+    told = done.stderr.splitlines()[-1]
+    path = tmp_path / "run" / "out-of-memory-000001.json"
+    assert told.startswith("error: out of memory (")
+    if megabytes == 1 and "; what held memory cannot be told: MemoryError. By" in told:
+        return
+    assert f"; what held memory is in {path}. By" in told
+    report = strict_json(path)
+    assert report["tensors"]["bytes"] > report["estimated_bytes"]["base"]
+
+
+@pytest.mark.gpu
+def test_memory_that_is_really_not_there_on_a_gpu(settings: dict, tmp_path: Path, capsys) -> None:
+    settings = too_large(settings, tmp_path)
+    settings["model"]["device"] = "cuda"
+    whole = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((1 << 30) / whole)
+    try:
+        folder = run(settings, tmp_path, code=2)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: out of memory (")
+    report = strict_json(folder / "out-of-memory-000001.json")
+    assert report["cuda"]["num_ooms"] >= 1
+    assert any(kind["device"] == "cuda:0" for kind in report["tensors"]["largest"])
+    assert pickle.loads((folder / "out-of-memory-000001.pickle").read_bytes())["segments"]
 
 
 TASKS = {"mixlora-fixed": ["arc-e", "boolq"], "mixlora": ["arc-e"], "llm-adapters": ["arc-e"]}

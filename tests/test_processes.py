@@ -317,7 +317,8 @@ def fail_in_the_second(kind: str, *arguments: str) -> int:
         if processes.rank() == 1 and fail.calls == 3:
             if kind == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise {"input": train.InputError, "bug": ZeroDivisionError}[kind]("it is\nthis")
+            errors = {"input": train.InputError, "bug": ZeroDivisionError, "memory": MemoryError}
+            raise errors[kind]("it is\nthis")
 
     fail.calls = 0
     training.set_lr = fail
@@ -328,18 +329,29 @@ def fail_in_the_second(kind: str, *arguments: str) -> int:
     "kind, code",
     [
         ("input", 2),
+        ("memory", 2),
         pytest.param("bug", 1, marks=pytest.mark.slow),
         pytest.param("killed", -signal.SIGKILL, marks=pytest.mark.slow),
     ],
 )
 def test_one_that_fails_ends_all(settings: dict, tmp_path: Path, kind: str, code: int) -> None:
     """Without a launcher that would end them, and within seconds; one message."""
+    settings["model"]["shard"] = kind == "memory"
     arguments = fail_in_the_second, kind, "--config", written(settings, tmp_path)
     codes, _, errors = several.run(2, tmp_path / "out", *arguments, seconds=60)
     assert codes[1] == code and codes[0] not in (0, None)
     text = "".join(errors)
     if kind == "input":
         assert errors[1] == "error: it is this (in process 1 of 2)\n"
+    if kind == "memory":
+        name = "out-of-memory-000003-process-1.json"
+        (path,) = Path(settings["run"]["dir"]).glob("out-of-memory*")
+        assert path.name == name and f"; what held memory is in {path}. By --estimate" in errors[1]
+        tensors = json.loads(path.read_text())["tensors"]
+        model = models.load(settings["model"]["base"])
+        (found,) = (x for x in tensors["largest"] if x["name"] == "model.embed_tokens.weight")
+        assert found["bytes"] == model.model["embed_tokens"].weight.nbytes // 2  # its shard
+        assert text.count("error: ") == 1 and "Traceback" not in text
     if kind == "bug":
         assert "ZeroDivisionError: it is" in errors[1] and text.count("Traceback") == 1
         assert "error:" not in errors[0]
