@@ -28,7 +28,7 @@ inline constexpr int64_t kStride = kMostColumns + 32;
 inline constexpr int64_t kBlockTokens = 256;
 
 struct Row {
-  int32_t slot;            // t * K + k, or -1 for padding
+  int32_t slot, token;     // t * K + k and t, or -1 for padding
   int32_t place;           // its token's in the block; behind all for padding
   bool is_first, is_last;  // of its token's
 };
@@ -59,10 +59,10 @@ inline Rows rows_of(const SharedGluParams& p, int64_t tile_rows) {
     Block block{.first_token = first, .tokens = std::min(kBlockTokens, p.tokens - first)};
     std::vector<int64_t> left(block.tokens), seen(block.tokens);
     for (int32_t place = 0; place < block.tokens; ++place) {
-      const int64_t t = p.token_order_T[first + place];
+      const int32_t t = p.token_order_T[first + place];
       for (int32_t slot = t * p.slots; slot < (t + 1) * p.slots; ++slot) {
         if (p.expert_TK[slot] < 0) continue;
-        rows_E[p.expert_TK[slot]].push_back({.slot = slot, .place = place});
+        rows_E[p.expert_TK[slot]].push_back({.slot = slot, .token = t, .place = place});
         ++left[place];
       }
       if (left[place] == 0) rows.idle_tokens.push_back(t);
@@ -75,7 +75,10 @@ inline Rows rows_of(const SharedGluParams& p, int64_t tile_rows) {
         row.is_first = seen[row.place]++ == 0;
         row.is_last = --left[row.place] == 0;
       }
-      const Row padding{.slot = -1, .place = static_cast<int32_t>(block.tokens), .is_first = true};
+      const Row padding{.slot = -1,
+                        .token = -1,
+                        .place = static_cast<int32_t>(block.tokens),
+                        .is_first = true};
       rows_E[e].resize(round_up(rows_E[e].size(), kRows), padding);
       const int64_t begin = rows.all.size(), end = begin + rows_E[e].size();
       rows.all.insert(rows.all.end(), rows_E[e].begin(), rows_E[e].end());
@@ -153,9 +156,10 @@ struct Products {
   }
 };
 
-// Rows that are soon read: they lie on pages of their own, where no prefetcher of the processor
-// foresees them. Their lines are fetched one by one beside the arithmetic, since many at once would
-// make it wait.
+// Rows that are soon read or written: they lie on pages of their own, where no prefetcher of the
+// processor foresees them. Their lines are fetched one by one beside the arithmetic, since many at
+// once would make it wait, and into the level-2 cache: the first has no room for a step's rows
+// beside its experts' factors.
 template <class T, int kTensors>
 struct Ahead {
   const T* rows[kTensors][kRows];
@@ -163,7 +167,7 @@ struct Ahead {
   INLINE void fetch(int64_t f) const {
     if (f * sizeof(T) % 64 != 0) return;
     for (const auto& tensor : rows) {
-      for (const T* row : tensor) __builtin_prefetch(row + f);
+      for (const T* row : tensor) __builtin_prefetch(row + f, 0, 2);
     }
   }
 };
@@ -372,10 +376,10 @@ class Glu {
   // Where the tokens' features of a chunk lie in x_TF, or padded in `copies` [kRows, kStride].
   void rows_of_tokens(const T* x_TF, int64_t n, int64_t chunk, T* copies, const T** found) const {
     for (int m = 0; m < kRows; ++m, copies += kStride) {
-      const int64_t slot = rows.all[n + m].slot;
+      const int64_t t = rows.all[n + m].token;
       found[m] = reinterpret_cast<const T*>(zeros.get());
-      if (slot < 0) continue;
-      found[m] = x_TF + slot / p.slots * p.ffn + chunk * width;
+      if (t < 0) continue;
+      found[m] = x_TF + t * p.ffn + chunk * width;
       if (!is_ragged(chunk)) continue;
       std::fill_n(copies, padded_columns(chunk), T{});
       found[m] = std::copy_n(found[m], columns_of(chunk), copies) - columns_of(chunk);
@@ -389,9 +393,9 @@ class Glu {
                            int64_t chunk) const {
     Ahead<T, kTensors> found;
     for (int m = 0; m < kRows; ++m) {
-      const int64_t slot = rows.all[std::min(n + m, block.end - 1)].slot;
+      const int64_t t = std::max(rows.all[std::min(n + m, block.end - 1)].token, 0);
       for (int i = 0; i < kTensors; ++i) {
-        found.rows[i][m] = x_TF[i] + std::max<int64_t>(slot, 0) / p.slots * p.ffn + chunk * width;
+        found.rows[i][m] = x_TF[i] + t * p.ffn + chunk * width;
       }
     }
     return found;
@@ -402,7 +406,7 @@ class Glu {
     S* sum = sums + row.place * kStride;
     T* out = nullptr;
     if (row.is_last && !is_ragged(chunk)) {
-      out = static_cast<T*>(y_TF) + row.slot / p.slots * p.ffn + chunk * width;
+      out = static_cast<T*>(y_TF) + int64_t{row.token} * p.ffn + chunk * width;
     }
     return {row.is_first ? zeros.get() : sum, sum, out};
   }
@@ -424,6 +428,10 @@ class Glu {
     return slot < 0 ? 0 : static_cast<const S*>(p.weight_TK)[slot];
   }
   bool has_dropout() const { return has_down && p.dropout != 0; }
+  // Without DoRA and dropout: to ask a row for them takes a tenth of the time.
+  bool is_plain() const {
+    return p.scale_gate_EF == nullptr && p.scale_up_EF == nullptr && !has_dropout();
+  }
   // What dropout multiplies h by, or null.
   const S* draw_mask(int64_t n, int64_t chunk, S* mask) const {
     if (!has_dropout()) return nullptr;

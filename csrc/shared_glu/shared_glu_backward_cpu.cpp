@@ -14,8 +14,7 @@ class Backward : Glu<T, P> {
 
  public:
   explicit Backward(const SharedGluParams& params) : Base(params, kTileRows) {
-    const bool is_plain =
-        p.scale_gate_EF == nullptr && p.scale_up_EF == nullptr && !this->has_dropout();
+    const bool is_plain = this->is_plain();
     with_activation(p.act, [&](auto kAct) {
       differentiate_rows_ =
           is_plain ? differentiate_rows<kAct, true> : differentiate_rows<kAct, false>;
@@ -138,8 +137,7 @@ class Backward : Glu<T, P> {
     }
   }
 
-  // The gradients of kRows rows by gate_k and up_k, and h as A2 took it. Without DoRA and dropout
-  // it is plain: a tenth of the time goes into asking for them.
+  // The gradients of kRows rows by gate_k and up_k, and h as A2 took it.
   template <Activation kAct, bool kPlain>
   static void differentiate_rows(const Step& step) {
     Vec<S> dweight[kRows] = {};

@@ -14,7 +14,10 @@ class Forward : Glu<T, P> {
 
  public:
   explicit Forward(const SharedGluParams& params) : Base(params, kRows) {
-    with_activation(p.act, [&](auto kAct) { activate_rows_ = activate_rows<kAct>; });
+    const bool is_plain = this->is_plain();
+    with_activation(p.act, [&](auto kAct) {
+      activate_rows_ = is_plain ? activate_rows<kAct, true> : activate_rows<kAct, false>;
+    });
   }
 
   void run() {
@@ -35,7 +38,7 @@ class Forward : Glu<T, P> {
     int64_t columns;
     Products<P, 2> products;
     SideRows<T> gate, up;
-    Ahead<T, 2> ahead;
+    Ahead<T, 3> ahead;
     TokenSum<T> hbar[kRows];
     S weight[kRows];
     const S* mask;
@@ -47,7 +50,7 @@ class Forward : Glu<T, P> {
   Buffer<S> z_NR_;  // strip by strip
 
   // h = act(gate) up, and weight h for hbar.
-  template <Activation kAct>
+  template <Activation kAct, bool kPlain>
   static void activate_rows(const Step& step) {
     for (int64_t f0 = 0; f0 < step.columns; f0 += kStepVectors * kW) {
       Vec<S> product[kStepVectors][2][kRows];
@@ -59,10 +62,10 @@ class Forward : Glu<T, P> {
         for (int m = 0; m < kRows; ++m) {
           Vec<S> h, slope, before;
           activate<kAct, Kept<P>>(
-              step.gate.template at<true>(m, f, product[v][0][m], before), h, slope);
-          h *= step.up.template at<true>(m, f, product[v][1][m], before);
+              step.gate.template at<!kPlain>(m, f, product[v][0][m], before), h, slope);
+          h *= step.up.template at<!kPlain>(m, f, product[v][1][m], before);
           step.hbar[m].add(f, splat(step.weight[m]) * h);
-          if (step.mask != nullptr) h *= load(step.mask + m * kStride + f);
+          if (!kPlain && step.mask != nullptr) h *= load(step.mask + m * kStride + f);
           store_normal(step.h + m * kStride + f, h);
         }
       }
@@ -87,8 +90,11 @@ class Forward : Glu<T, P> {
                                                          chunk),
                   .gate = this->side_rows(this->gate, tile, n, chunk, copies.get()),
                   .up = this->side_rows(this->up, tile, n, chunk, up_copies),
-                  .ahead = this->template ahead<2>(
-                      {this->gate.base_TF, this->up.base_TF}, block, n + kRows, chunk),
+                  .ahead = this->template ahead<3>(
+                      {this->gate.base_TF, this->up.base_TF, static_cast<const T*>(p.hbar_TF)},
+                      block,
+                      n + kRows,
+                      chunk),
                   .mask = this->draw_mask(n, chunk, mask.get()),
                   .h = h.get()};
         for (int m = 0; m < kRows; ++m) {
