@@ -132,7 +132,7 @@ def micro_batch(
     before = held.now
     held.turn()
     peaks: list[int] = []
-    hook = model.model["norm"].register_forward_hook(lambda *_: peaks.append(held.turn()))
+    hook = model.model["layers"][-1].register_forward_hook(lambda *_: peaks.append(held.turn()))
     loss_B, _ = model(
         batch.tokens_BS,
         mask_BS=batch.mask_BS,

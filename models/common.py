@@ -212,24 +212,28 @@ def next_token_loss(
     hidden_BSD: Tensor,
     labels_BS: Tensor,
     segments_BS: Tensor | None,
+    norm: nn.Module,
     lm_head: nn.Linear,
     by_row: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(sum of cross-entropies in fp32, number of labels), or both of each row [B]; the label at s
     is predicted from s - 1.
 
-    Only positions with a label (not -100, not the first of a segment) reach the vocabulary, a
-    chunk at a time: the logits are never held whole.
+    Only positions with a label (not -100, not the first of a segment) reach the last norm and the
+    vocabulary, a chunk at a time: the logits are never held whole.
     """
     target_BS = labels_BS[:, 1:]
     wanted_BS = target_BS != -100
     if segments_BS is not None:
         wanted_BS = wanted_BS & (segments_BS[:, 1:] == segments_BS[:, :-1])
     hidden_TD, target_T = hidden_BSD[:, :-1][wanted_BS], target_BS[wanted_BS]
-    weight = lm_head.weight if torch.is_grad_enabled() else lm_head.weight.detach()
-    if by_row and weight.requires_grad:
-        raise InputError("by_row needs a frozen lm_head: its gradient is of the sum of all rows")
-    loss_T = _ChunkedLoss.apply(hidden_TD, weight, target_T, lm_head)
+    weights = (norm.weight, lm_head.weight) if torch.is_grad_enabled() else ()
+    trained = [weight for weight in weights if weight.requires_grad]
+    if by_row and trained:
+        raise InputError(
+            "by_row needs a frozen norm and lm_head: their gradients are of the sum of all rows"
+        )
+    loss_T = _ChunkedLoss.apply(hidden_TD, target_T, norm, lm_head, *trained)
     if not by_row:
         return loss_T.sum(), wanted_BS.sum()
     loss_BS = loss_T.new_zeros(wanted_BS.shape).masked_scatter(wanted_BS, loss_T)
@@ -242,35 +246,40 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight: Tensor, target_T: Tensor, lm_head: nn.Linear
+        ctx: Any,
+        hidden_TD: Tensor,
+        target_T: Tensor,
+        norm: nn.Module,
+        lm_head: nn.Linear,
+        *trained: Tensor,
     ) -> Tensor:
-        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
+        T, needs_hidden = len(target_T), ctx.needs_input_grad[0]
         dhidden_TD = torch.zeros_like(hidden_TD) if needs_hidden else None
-        dweight = torch.zeros_like(weight) if needs_weight else None
-        loss_T = widened(hidden_TD.new_empty(len(target_T)))
+        dtrained = [torch.zeros_like(weight) for weight in trained]
+        loss_T = widened(hidden_TD.new_empty(T))
         step = max(1, LOGITS_PER_CHUNK // lm_head.out_features)
-        for start in range(0, len(target_T), step):
+        for start in range(0, T, step):
             chunk = slice(start, start + step)
             x_TD = hidden_TD[chunk].detach().requires_grad_(needs_hidden)
-            with torch.set_grad_enabled(needs_hidden or needs_weight):
-                logits_TV = widened(lm_head(x_TD))
+            inputs = [x_TD, *trained] if needs_hidden else trained
+            with torch.set_grad_enabled(bool(inputs)):
+                logits_TV = widened(lm_head(norm(x_TD)))
                 chunk_T = F.cross_entropy(logits_TV, target_T[chunk], reduction="none")
-                chunk_loss = chunk_T.sum()
-            loss_T[chunk] = chunk_T.detach()
+                loss_T[chunk] = chunk_T.detach()
+                gradients = torch.autograd.grad(chunk_T.sum(), inputs) if inputs else []
             if needs_hidden:
-                (dx_TD,) = torch.autograd.grad(chunk_loss, x_TD, retain_graph=needs_weight)
-                dhidden_TD[chunk] = dx_TD
-            if needs_weight:
-                dweight += torch.autograd.grad(chunk_loss, weight)[0]
-        ctx.save_for_backward(dhidden_TD, dweight)
+                dhidden_TD[chunk], *gradients = gradients
+            for total, gradient in zip(dtrained, gradients, strict=True):
+                total += gradient
+        ctx.save_for_backward(dhidden_TD, *dtrained)
         return loss_T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss_T: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden_TD, dweight = ctx.saved_tensors
+        dhidden_TD, *dtrained = ctx.saved_tensors
         if dhidden_TD is not None:
             dhidden_TD = dhidden_TD * dloss_T[:, None].to(dhidden_TD.dtype)
-        if dweight is not None:  # all labels count alike, or there is none
-            dweight = dweight * dloss_T[:1].sum().to(dweight.dtype)
-        return dhidden_TD, dweight, None, None
+        # all labels count alike, or there is none
+        dtrained = [x * dloss_T[:1].sum().to(x.dtype) for x in dtrained]
+        return dhidden_TD, None, None, None, *dtrained

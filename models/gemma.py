@@ -214,11 +214,11 @@ class Gemma(AdaptedModel):
                 x_BSD = checkpoint(block, x_BSD, rope, mask, cache, context, use_reentrant=False)
             else:
                 x_BSD = block(x_BSD, rope, mask, cache, context)
-        x_BSD = self.model.norm(x_BSD)
 
+        norm, lm_head = self.model.norm, self.lm_head
         if labels_BS is not None:
-            return next_token_loss(x_BSD, labels_BS, segments_BS, self.lm_head, by_row)
-        return self.lm_head(x_BSD if select_BS is None else x_BSD[select_BS])
+            return next_token_loss(x_BSD, labels_BS, segments_BS, norm, lm_head, by_row)
+        return lm_head(norm(x_BSD if select_BS is None else x_BSD[select_BS]))
 
     def new_cache(self, batch_size: int, max_len: int) -> KvCache:
         weight = self.model.embed_tokens.weight

@@ -339,7 +339,8 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 def test_chunked_loss(monkeypatch, family: str, rows_per_chunk: int) -> None:
     model = tiny_model(family)
     add_filled(model)
-    model.lm_head.weight.requires_grad_()
+    for module in (model.model["norm"], model.lm_head):
+        module.weight.requires_grad_()
     tokens_BS, labels_BS = labelled()
     logits_BSV = model(tokens_BS)
     wanted = F.cross_entropy(
@@ -382,7 +383,7 @@ def test_loss_by_row(family: str) -> None:
     for name, gradient in found.items():
         assert_close(gradient, wanted[name])
     model.lm_head.weight.requires_grad_()
-    with pytest.raises(InputError, match="by_row needs a frozen lm_head"):
+    with pytest.raises(InputError, match="by_row needs a frozen norm and lm_head"):
         model(tokens_BS, labels_BS=labels_BS, by_row=True)
 
 
