@@ -75,10 +75,8 @@ inline Rows rows_of(const SharedGluParams& p, int64_t tile_rows) {
         row.is_first = seen[row.place]++ == 0;
         row.is_last = --left[row.place] == 0;
       }
-      const Row padding{.slot = -1,
-                        .token = -1,
-                        .place = static_cast<int32_t>(block.tokens),
-                        .is_first = true};
+      const Row padding{
+          .slot = -1, .token = -1, .place = static_cast<int32_t>(block.tokens), .is_first = true};
       rows_E[e].resize(round_up(rows_E[e].size(), kRows), padding);
       const int64_t begin = rows.all.size(), end = begin + rows_E[e].size();
       rows.all.insert(rows.all.end(), rows_E[e].begin(), rows_E[e].end());
