@@ -3,17 +3,15 @@ suffice."""
 
 import contextlib
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from mixlora.data import Sample
 from mixlora.errors import InputError
-from mixlora.memory import Snapshot
+from mixlora.memory import Snapshot, is_out_of_memory, reason_of
 from mixlora.metrics import tell
 
 Item = TypeVar("Item")
@@ -49,36 +47,6 @@ def _norm(x: Tensor) -> float | str:
 
 def _number(x: float) -> float | str:
     return x if math.isfinite(x) else str(x)  # JSON has no nan
-
-
-WORDS = (
-    "DefaultCPUAllocator",
-    "std::bad_alloc",
-    "CUDA error: out of memory",  # of CUDA itself, and of its libraries
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
-# where our operators ask torch for memory, through an interface that loses the reason
-IN_AN_OPERATOR = re.compile(r'"aten::(new_empty|empty_like|contiguous|to)".* API call failed', re.S)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """The CPU's allocator raises a plain RuntimeError, and so does a kernel."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    if not isinstance(error, RuntimeError):
-        return False
-    if IN_AN_OPERATOR.search(str(error)):
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # raises what a kernel did before: it fails all that follows
-        return True
-    return any(word in str(error) for word in WORDS)
-
-
-def reason_of(error: BaseException) -> str:
-    """Of one that is out of memory, without what a GPU's allocator adds."""
-    if IN_AN_OPERATOR.search(str(error)):
-        return "an operator found none for what it returns"
-    return str(error).partition(" Of the allocated memory")[0].strip() or type(error).__name__
 
 
 @contextlib.contextmanager

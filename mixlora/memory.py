@@ -1,15 +1,62 @@
-"""What holds memory at one moment, in a file, for who looks into why there was none left."""
+"""Memory that does not suffice: how it is known, and what held it, in a file."""
 
+import contextlib
 import gc
 import pickle
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from mixlora.errors import InputError
 from mixlora.files import to_json, write_bytes
 
 MOST = 50  # kinds of tensors that are listed
+WORDS = (
+    "DefaultCPUAllocator",
+    "std::bad_alloc",
+    "CUDA error: out of memory",  # of CUDA itself, and of its libraries
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+# where our operators ask torch for memory, through an interface that loses the reason
+IN_AN_OPERATOR = re.compile(r'"aten::(new_empty|empty_like|contiguous|to)".* API call failed', re.S)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """The CPU's allocator raises a plain RuntimeError, and so does a kernel."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    if IN_AN_OPERATOR.search(str(error)):
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # raises what a kernel did before: it fails all that follows
+        return True
+    return any(word in str(error) for word in WORDS)
+
+
+def reason_of(error: BaseException) -> str:
+    """Of one that is out of memory, without what a GPU's allocator adds."""
+    if IN_AN_OPERATOR.search(str(error)):
+        return "an operator found none for what it returns"
+    return str(error).partition(" Of the allocated memory")[0].strip() or type(error).__name__
+
+
+@contextlib.contextmanager
+def memory_for_loading(path: Path, weights_bytes: int) -> Iterator[None]:
+    """A failed allocation becomes one error, which says how much the weights of `path` take."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"out of memory ({reason_of(error)}) in loading {path}: its weights take "
+            f"{weights_bytes / 2**30:.3f} GiB. Less is needed in bfloat16, quantized, or, in "
+            "training, sharded over several processes (dtype, quantize, model.shard)"
+        ) from None
 
 
 class Snapshot:

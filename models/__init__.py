@@ -8,6 +8,7 @@ models.save_mixtral(model, "a/mixtral")                with its mixture, as a Mi
 
 import dataclasses
 import hashlib
+import math
 import shutil
 import typing
 from pathlib import Path
@@ -27,6 +28,7 @@ from mixlora.files import (
 from mixlora.layers.adapted_model import AdaptedModel
 from mixlora.layers.lora import Linear
 from mixlora.layers.quantized import require_bitsandbytes
+from mixlora.memory import memory_for_loading
 from models import mixtral
 from models.gemma import Gemma, Gemma2, Gemma2Config, GemmaConfig
 from models.llama import Llama, LlamaConfig
@@ -93,16 +95,18 @@ def load(
     check_shapes(found, wanted, source, _likely_cause)
     for file in files:
         check_floats(file, file.shapes.keys() & wanted.keys())
-    state: dict[str, Tensor] = {
-        name: file[name].to(device=device if quantize == "none" else "cpu", dtype=dtype)
-        for file in files
-        for name in file.shapes
-        if name in wanted
-    }
-    model.load_state_dict(state, assign=True, strict=False)
-    model.name_or_path, model.folder = name, path
-    model.tie_weights()
-    quantize_projections(model, quantize, device)
+    weights_bytes = sum(math.prod(shape) * dtype.itemsize for shape in wanted.values())
+    with memory_for_loading(path, weights_bytes):
+        state: dict[str, Tensor] = {
+            name: file[name].to(device=device if quantize == "none" else "cpu", dtype=dtype)
+            for file in files
+            for name in file.shapes
+            if name in wanted
+        }
+        model.load_state_dict(state, assign=True, strict=False)
+        model.name_or_path, model.folder = name, path
+        model.tie_weights()
+        quantize_projections(model, quantize, device)
     return model.eval()
 
 

@@ -24,10 +24,10 @@ from mixlora import memory, ops, training
 from mixlora.adapters import adapter_parameters, trained_parameters
 from mixlora.errors import InputError
 from mixlora.evaluation import evaluate, load_questions
-from mixlora.faults import in_batches, is_out_of_memory
+from mixlora.faults import in_batches
 from mixlora.files import TensorFile, write_tensors
 from mixlora.layers.adapted_model import AdaptedModel
-from mixlora.memory import MOST, Snapshot, largest_tensors
+from mixlora.memory import MOST, Snapshot, is_out_of_memory, largest_tensors
 from mixlora.tokenizer import Tokenizer
 from tests.conftest import write_rows
 from tests.runs import LORA, MIXLORA, assert_same_weights, metrics, run, weights

@@ -13,11 +13,12 @@ MAY_IMPORT = {
     "mixlora/errors.py": [],
     "mixlora/config.py": ["mixlora.errors"],
     "mixlora/files.py": ["mixlora.errors"],
+    "mixlora/memory.py": ["mixlora.errors", "mixlora.files"],
     "mixlora/ops/": ["mixlora._C", "mixlora.ops", "mixlora.errors"],
     "mixlora/layers/": [f"mixlora.{name}" for name in ("ops", "layers", "config", "errors")],
     "mixlora/": ["mixlora"],
     "models/": ["models"]
-    + [f"mixlora.{name}" for name in ("ops", "layers", "config", "files", "errors")],
+    + [f"mixlora.{name}" for name in ("ops", "layers", "config", "files", "memory", "errors")],
 }
 SCRIPTS = [path.stem for path in ROOT.glob("*.py")]
 

@@ -274,6 +274,24 @@ def test_config_that_is_none(whole, tmp_path, text: str) -> None:
     assert error_of(path.parent).startswith(str(path))
 
 
+def test_no_memory_for_the_weights(whole, monkeypatch) -> None:
+    """The allocator's own words, and no other failure is taken for one."""
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(1 << 58)
+    failure: RuntimeError = refused.value
+
+    def fail(*_: object) -> Tensor:
+        raise failure
+
+    monkeypatch.setattr(TensorFile, "__getitem__", fail)
+    said = error_of(whole)
+    assert f"in loading {whole}: its weights take 0.000 GiB" in said
+    assert "DefaultCPUAllocator" in said
+    failure = RuntimeError("a kernel failed")
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        models.load(whole)
+
+
 def test_no_config(whole, tmp_path) -> None:
     path = copy(whole, tmp_path) / "config.json"
     path.unlink()
