@@ -101,35 +101,51 @@ void few_rows_shrink(const S* const* x_N,
       }
     });
     for (int64_t n = 0; n < N; ++n) {
-      for (int64_t o = 0; o < outputs; ++o) y_N[n][o0 + o] = sum(sums[n * kFewTileOutputs + o]);
+      for_each_vector<S>(outputs, [&](int64_t o, auto count) {
+        const Vec<S> y = lane_sums<S>(sums + n * kFewTileOutputs + o, count);
+        store_part(y_N[n] + o0 + o, y, count);
+      });
     }
   }
 }
 
-// Whole vectors, w_o being `ranks` of them.
-template <class A, class W>
-INLINE Vec<Wide<W>> few_rows_dot(const A* a, const W* w_o, int64_t ranks) {
-  Vec<Wide<W>> sum{};
-  for (int64_t r = 0; r < ranks; r += kWidth<W>) sum = load(a + r) * load(w_o + r) + sum;
-  return sum;
-}
-
-// y_N[n][o] += <a_N[n], w_OR[o]>; R is a multiple of kWidth.
+// y_N[n][o] += <a_N[n], w_OR[o]>; R is a multiple of kWidth, and a constant where it can be.
 template <class A, class W, class S>
-void few_rows_expand(
-    const A* const* a_N, int64_t N, const W* w_OR, int64_t O, int64_t R, S* const* y_N) {
+INLINE void few_rows_short(
+    const A* const* a_N, int64_t N, const W* w_OR, int64_t O, auto R, S* const* y_N) {
   constexpr int kW = kWidth<S>;
+  const auto dot = [&](const A* a, const W* w_R) {
+    Vec<S> sum{};
+    for (int64_t r = 0; r < R; r += kW) sum = load(a + r) * load(w_R + r) + sum;
+    return sum;
+  };
   int64_t o = 0;
   for (; o + kW <= O; o += kW) {
     for (int64_t n = 0; n < N; ++n) {
       Vec<S> sums[kW];
-      for (int i = 0; i < kW; ++i) sums[i] = few_rows_dot(a_N[n], w_OR + (o + i) * R, R);
+      for (int i = 0; i < kW; ++i) sums[i] = dot(a_N[n], w_OR + (o + i) * R);
       store(y_N[n] + o, load(y_N[n] + o) + lane_sums<S>(sums, kW));
     }
   }
   for (; o < O; ++o) {
-    for (int64_t n = 0; n < N; ++n) y_N[n][o] += sum(few_rows_dot(a_N[n], w_OR + o * R, R));
+    for (int64_t n = 0; n < N; ++n) y_N[n][o] += sum(dot(a_N[n], w_OR + o * R));
   }
+}
+
+// The same for any multiple of kWidth.
+template <class A, class W, class S>
+void few_rows_expand(
+    const A* const* a_N, int64_t N, const W* w_OR, int64_t O, int64_t R, S* const* y_N) {
+  constexpr int kMostVectors = 4;
+  if (R == 0) return;
+  with_constant<kMostVectors + 1>(R / kWidth<S>, [&](auto n) {
+    constexpr std::integral_constant<int64_t, n * kWidth<S>> kRanks;
+    if constexpr (n <= kMostVectors) {
+      few_rows_short(a_N, N, w_OR, O, kRanks, y_N);
+    } else {
+      few_rows_short(a_N, N, w_OR, O, R, y_N);
+    }
+  });
 }
 
 inline constexpr int64_t kShort = 64;  // features, as the rank of a LoRA's B

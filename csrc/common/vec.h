@@ -47,6 +47,8 @@ typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t Bits32 __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
 typedef int64_t Longs __attribute__((vector_size(kVectorBytes)));
+template <class S>
+using Lanes = std::conditional_t<sizeof(S) == 4, Ints, Longs>;  // their numbers, to shuffle by
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -204,8 +206,7 @@ INLINE auto max(V x) {
 template <class S>
 INLINE void transpose_vectors(Vec<S>* x) {
   constexpr int kW = kWidth<S>;
-  using Lanes = std::conditional_t<sizeof(S) == 4, Ints, Longs>;
-  Lanes low, high;
+  Lanes<S> low, high;
   for (int i = 0; i < kW; ++i) low[i] = i / 2 + i % 2 * kW, high[i] = low[i] + kW / 2;
   for (int round = 1; round < kW; round *= 2) {
     Vec<S> y[kW];
@@ -217,15 +218,24 @@ INLINE void transpose_vectors(Vec<S>* x) {
   }
 }
 
+// Adds the halves, kHalf lanes each, of every block of lanes: what is left of two vectors is one.
+template <class S, int kHalf>
+INLINE void add_halves(Vec<S>* x) {
+  Lanes<S> low, high;
+  for (int i = 0; i < kWidth<S>; ++i) low[i] = i + i / kHalf * kHalf, high[i] = low[i] + kHalf;
+  for (int i = 0; i < kHalf; ++i) {
+    const Vec<S> a = x[2 * i], b = x[2 * i + 1];
+    x[i] = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+  }
+  if constexpr (kHalf > 1) add_halves<S, kHalf / 2>(x);
+}
+
 // Lane i is the sum of all lanes of x[i], as `sum` has it, for i < count.
 template <class S>
 INLINE Vec<S> lane_sums(const Vec<S>* x, int64_t count) {
   Vec<S> sums[kWidth<S>] = {};
   std::copy_n(x, count, sums);
-  transpose_vectors<S>(sums);
-  for (int width = kWidth<S> / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
-  }
+  add_halves<S, kWidth<S> / 2>(sums);
   return sums[0];
 }
 
