@@ -16,6 +16,9 @@ void for_items(const GroupedShrinkParams& p, int64_t count, const auto& body) {
   for (int64_t i = 0; i < count; ++i) body(i);
 }
 
+// An expert's B is read where it lies, so much of it at once that the processor reads ahead.
+constexpr int64_t kFewPanelColumns = 256;
+
 int64_t num_panels(int64_t features) { return (features + kPanelColumns - 1) / kPanelColumns; }
 
 // Features [i, i + columns) of every rank of expert e, as if w were not transposed; ranks are what
@@ -119,7 +122,6 @@ void expand_rows(const GroupedShrinkParams& p) {
   const std::vector<Kept<P>> a_NR = rows_of_a<P, T>(p);
   const int64_t J = num_factors<P>(p.R);
   const int64_t panels = num_panels(p.I), chunks = (p.T + kTokens - 1) / kTokens;
-  const bool is_few = p.transposed && p.T * p.K <= kFewRows && p.R % kWidth<S> == 0;
   for_items(p, chunks * panels, [&](int64_t item) {
     const int64_t t0 = item / panels * kTokens, t1 = std::min(p.T, t0 + kTokens);
     const int64_t i = item % panels * kPanelColumns;
@@ -133,16 +135,6 @@ void expand_rows(const GroupedShrinkParams& p) {
       first = std::lower_bound(first, last, t0 * p.K);  // an expert's rows are sorted by slot
       last = std::lower_bound(first, last, t1 * p.K);
       if (first == last) continue;
-      if (is_few) {
-        const Kept<P>* a_N[kFewRows];
-        S* x_N[kFewRows];
-        for (int64_t n = 0; n < last - first; ++n) {
-          a_N[n] = a_NR.data() + (first + n - p.row_slot_N) * J * kTerms<P>;
-          x_N[n] = x_MI.data() + (first[n] / p.K - t0) * kPanelColumns;
-        }
-        few_rows_expand(a_N, last - first, w.w + (e * p.I + i) * p.R, columns, p.R, x_N);
-        continue;
-      }
       w.read(e, i, columns, w_RI.data(), kPanelColumns);
       for (; first < last; first += kBlockRows) {
         const int64_t rows = std::min<int64_t>(kBlockRows, last - first);
@@ -156,6 +148,33 @@ void expand_rows(const GroupedShrinkParams& p) {
     }
     for (int64_t t = t0; t < t1; ++t) {
       convert(x_MI.data() + (t - t0) * kPanelColumns, columns, x_TI + t * p.I + i);
+    }
+  });
+}
+
+// The same of few rows, for which w is read in place.
+template <class T>
+void expand_few_rows(const GroupedShrinkParams& p) {
+  using S = Wide<T>;
+  using P = FactorOf<T>;
+  const T* w_EIR = static_cast<const T*>(p.w);
+  T* x_TI = static_cast<T*>(p.result);
+  const std::vector<Kept<P>> a_NR = rows_of_a<P, T>(p);
+  const auto blocks = row_blocks(p.expert_start_E1, p.E);
+  for_items(p, (p.I + kFewPanelColumns - 1) / kFewPanelColumns, [&](int64_t panel) {
+    const int64_t i = panel * kFewPanelColumns, columns = std::min(kFewPanelColumns, p.I - i);
+    std::vector<S> sums(p.T * columns);
+    for (const auto [expert, begin, end] : blocks) {
+      const Kept<P>* a_N[kFewRows];
+      S* x_N[kFewRows];
+      for (int64_t n = begin; n < end; ++n) {
+        a_N[n - begin] = a_NR.data() + n * p.R;
+        x_N[n - begin] = sums.data() + p.row_slot_N[n] / p.K * columns;
+      }
+      few_rows_expand(a_N, end - begin, w_EIR + (expert * p.I + i) * p.R, columns, p.R, x_N);
+    }
+    for (int64_t t = 0; t < p.T; ++t) {
+      convert(sums.data() + t * columns, columns, x_TI + t * p.I + i);
     }
   });
 }
@@ -221,7 +240,11 @@ void grouped_shrink_cpu(const GroupedShrinkParams& p) {
 }
 
 void grouped_expand_cpu(const GroupedShrinkParams& p) {
-  with_type(p.dtype, [&](auto zero) { expand_rows<decltype(zero)>(p); });
+  with_type(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const bool is_few = p.T * p.K <= kFewRows && p.R % kWidth<T> == 0;
+    return p.transposed && is_few ? expand_few_rows<T>(p) : expand_rows<T>(p);
+  });
 }
 
 void grouped_outer_cpu(const GroupedShrinkParams& p) {
