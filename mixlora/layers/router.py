@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
 from mixlora.layers.context import Sequences
+from mixlora.ops import linear
 from mixlora.ops.philox import seeded
 from mixlora.ops.topk_router import Routing, routing_sums, topk_router
 
@@ -69,7 +70,7 @@ class _WideProduct(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor, wide: torch.dtype) -> Tensor:
         ctx.save_for_backward(x_TD, weight_ED)
         ctx.wide = wide
-        return x_TD.to(wide) @ weight_ED.to(wide).T
+        return linear(x_TD.to(wide), weight_ED.to(wide))
 
     @staticmethod
     @once_differentiable

@@ -96,7 +96,7 @@ def shared_glu(
         gate_TF, up_TF = gate_TF.float(), up_TF.float()
 
     def widened(*tensors: Tensor | None) -> list[Tensor | None]:
-        return [None if x is None else x.to(wide) for x in tensors]
+        return [x if x is None or x.dtype == wide else x.to(wide) for x in tensors]
 
     hbar_TF, z_TKR = torch.ops.mixlora.shared_glu(
         *(gate_TF, up_TF),
