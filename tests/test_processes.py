@@ -101,10 +101,14 @@ def assert_same(one: Path, other: Path, name: str = "default", of_norm: float = 
         ("mixlora", 2, True, "float32", 5),
         ("milora", 2, True, "float32", 4),
         *(
-            pytest.param(kind, world_size, shard, dtype, 20, marks=pytest.mark.slow)
+            pytest.param(kind, world_size, shard, dtype, num_steps, marks=pytest.mark.slow)
             for kind in ADAPTERS
             for world_size in (2, 4)
-            for shard, dtype in ((False, "float32"), (True, "float32"), (True, "bfloat16"))
+            for shard, dtype, num_steps in (
+                (False, "float32", 20),
+                (True, "float32", 20),
+                (True, "bfloat16", 8),  # after more a rounding turns, and an expert with it
+            )
         ),
     ],
 )
