@@ -22,7 +22,7 @@ namespace mixlora::MIXLORA_ISA {
 
 inline constexpr int kRows = kVectorBytes == 64 ? 8 : 4;         // of a step
 inline constexpr int kStepVectors = kVectorBytes == 64 ? 1 : 2;  // of its products in registers
-inline constexpr int64_t kMostColumns = 256;                     // of a chunk
+inline constexpr int64_t kMostColumns = 384;                     // of a chunk
 // Of a chunk's rows in memory: where it was a power of two they would share few sets of a cache.
 inline constexpr int64_t kStride = kMostColumns + 32;
 inline constexpr int64_t kBlockTokens = 256;
@@ -299,16 +299,17 @@ class Glu {
   // take(step, its slots' rows [kRows, R] of src, times `scale`)
   template <class Take>
   void for_each_step(const void* src_TKR, double scale, const Take& take) const {
-    parallel_chunks(N / kRows, rows_per_chunk(kRows * R), [&](int64_t begin, int64_t end) {
+    parallel_chunks(N / kRows, rows_per_chunk(8 * kRows * R), [&](int64_t begin, int64_t end) {
       const auto step = buffer<S>(kRows * R);
       for (int64_t i = begin; i < end; ++i) {
         std::fill_n(step.get(), kRows * R, S(0));
         for (int m = 0; m < kRows; ++m) {
           const int64_t slot = rows.all[i * kRows + m].slot;
+          if (slot < 0) continue;
           const S* from = static_cast<const S*>(src_TKR) + slot * p.rank;
-          for (int64_t r = 0; slot >= 0 && r < p.rank; ++r) {
-            step[m * R + r] = static_cast<S>(scale) * from[r];
-          }
+          for_each_vector<S>(p.rank, [&](int64_t r, auto n) {
+            store_part(&step[m * R + r], splat(static_cast<S>(scale)) * load_part(from + r, n), n);
+          });
         }
         take(i, step.get());
       }
@@ -319,10 +320,10 @@ class Glu {
     if (src_TKR == nullptr) return nullptr;
     auto dst = buffer<P>(N * J);
     for_each_step(src_TKR, scale, [&](int64_t i, const S* step) {
-      const auto kept = buffer<Kept<P>>(R);
-      for (int m = 0; m < kRows; ++m) {
-        convert(step + m * R, R, kept.get());
-        const P* row = reinterpret_cast<const P*>(kept.get());
+      const auto kept = buffer<Kept<P>>(kRows * R);
+      convert(step, kRows * R, kept.get());
+      const P* row = reinterpret_cast<const P*>(kept.get());
+      for (int m = 0; m < kRows; ++m, row += R / kTerms<P>) {
         for (int64_t j = 0; j < J; ++j) dst[(i * J + j) * kRows + m] = row[j];
       }
     });
