@@ -233,8 +233,8 @@ INLINE void add_halves(Vec<S>* x) {
 // Lane i is the sum of all lanes of x[i], as `sum` has it, for i < count.
 template <class S>
 INLINE Vec<S> lane_sums(const Vec<S>* x, int64_t count) {
-  Vec<S> sums[kWidth<S>] = {};
-  std::copy_n(x, count, sums);
+  Vec<S> sums[kWidth<S>];
+  for (int i = 0; i < kWidth<S>; ++i) sums[i] = i < count ? x[i] : Vec<S>{};
   add_halves<S, kWidth<S> / 2>(sums);
   return sums[0];
 }

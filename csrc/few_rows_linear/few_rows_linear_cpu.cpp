@@ -12,7 +12,7 @@ void few_rows_linear_cpu(const FewRowsLinearParams& p) {
     T* y_TO = static_cast<T*>(p.y_TO);
     const T* bias_O = static_cast<const T*>(p.bias_O);
     const FewRows<T> x(p.T, p.I, [&](int64_t t) { return x_TI + t * p.I; });
-    const int64_t outputs = round_up(rows_per_chunk(p.I), kFewTileOutputs);
+    const int64_t outputs = round_up(2 * rows_per_chunk(p.I), kFewTileOutputs);
     parallel_chunks(p.O, outputs, [&](int64_t begin, int64_t end) {
       const int64_t columns = end - begin;
       std::vector<S> y(p.T * columns);
