@@ -52,8 +52,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         scale_D = self.scale()
-        needs_grad = torch.is_grad_enabled() and x_BSD.requires_grad
-        keeps_y = needs_grad and not self.has_zero(scale_D)
+        if not torch.is_grad_enabled():  # an autograd function takes its time even so
+            return rms_norm(x_BSD, scale_D, self.eps)[0]
+        keeps_y = x_BSD.requires_grad and not self.has_zero(scale_D)
         return _RmsNorm.apply(x_BSD, scale_D, self.eps, keeps_y)
 
     def has_zero(self, scale_D: Tensor) -> bool:
@@ -64,18 +65,22 @@ class RMSNorm(nn.Module):
         return self._has_zero
 
 
-class _RmsNorm(torch.autograd.Function):
-    """The quotient in fp32, rounded to the scale's dtype and multiplied by it.
+def rms_norm(x_BSD: Tensor, scale_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(y_BSD, 1 / root_BS1): the quotient in fp32, rounded to the scale's dtype and multiplied by
+    it."""
+    wide_BSD = widened(x_BSD)
+    rate_BS1 = torch.rsqrt(wide_BSD.square().mean(-1, keepdim=True) + eps)
+    return (scale_D * (wide_BSD * rate_BS1).to(scale_D.dtype)).to(x_BSD.dtype), rate_BS1
 
-    Keeps y and a number per token for backward, no copy in fp32. Unlike x, y is kept by the LoRA
+
+class _RmsNorm(torch.autograd.Function):
+    """Keeps y and a number per token for backward, no copy in fp32. Unlike x, y is kept by the LoRA
     behind it anyway, and it gives x back, unless there are zeros in the scale.
     """
 
     @staticmethod
     def forward(ctx: Any, x_BSD: Tensor, scale_D: Tensor, eps: float, keeps_y: bool) -> Tensor:
-        wide_BSD = widened(x_BSD)
-        rate_BS1 = torch.rsqrt(wide_BSD.square().mean(-1, keepdim=True) + eps)
-        y_BSD = (scale_D * (wide_BSD * rate_BS1).to(scale_D.dtype)).to(x_BSD.dtype)
+        y_BSD, rate_BS1 = rms_norm(x_BSD, scale_D, eps)
         ctx.keeps_y = keeps_y
         ctx.save_for_backward(y_BSD if keeps_y else x_BSD, scale_D, rate_BS1)
         return y_BSD

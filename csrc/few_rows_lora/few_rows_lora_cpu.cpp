@@ -14,7 +14,7 @@ void few_rows_lora_cpu(const FewRowsLoraParams& p) {
 
     const FewRows<T> x(p.T, p.I, [&](int64_t t) { return x_TI + t * p.I; });
     std::vector<S> z_TR(p.T * p.R);
-    const int64_t ranks = round_up(rows_per_chunk(p.I), kFewTileOutputs);
+    const int64_t ranks = round_up(rows_per_chunk(p.T * p.I), kFewTileOutputs);
     parallel_chunks(p.R, ranks, [&](int64_t begin, int64_t end) {
       std::vector<S*> z_T(p.T);
       for (int64_t t = 0; t < p.T; ++t) z_T[t] = z_TR.data() + t * p.R + begin;
@@ -22,7 +22,7 @@ void few_rows_lora_cpu(const FewRowsLoraParams& p) {
     });
     for (S& z : z_TR) z *= static_cast<S>(p.scaling);
 
-    const int64_t outputs = round_up(rows_per_chunk(p.R), kFewTileOutputs);
+    const int64_t outputs = round_up(rows_per_chunk(p.T * p.R), kWidth<S>);
     parallel_chunks(p.O, outputs, [&](int64_t begin, int64_t end) {
       const int64_t columns = end - begin;
       std::vector<S> sum(p.T * columns);
