@@ -12,6 +12,7 @@ void few_rows_linear_cpu(const FewRowsLinearParams& p) {
     T* y_TO = static_cast<T*>(p.y_TO);
     const T* bias_O = static_cast<const T*>(p.bias_O);
     const FewRows<T> x(p.T, p.I, [&](int64_t t) { return x_TI + t * p.I; });
+    // twice as long, since a chunk's first rows of w are fetched by no chunk before it
     const int64_t outputs = round_up(2 * rows_per_chunk(p.I), kFewTileOutputs);
     parallel_chunks(p.O, outputs, [&](int64_t begin, int64_t end) {
       const int64_t columns = end - begin;

@@ -299,6 +299,7 @@ class Glu {
   // take(step, its slots' rows [kRows, R] of src, times `scale`)
   template <class Take>
   void for_each_step(const void* src_TKR, double scale, const Take& take) const {
+    // short chunks: of a thousand tokens' rows every thread has some
     parallel_chunks(N / kRows, rows_per_chunk(8 * kRows * R), [&](int64_t begin, int64_t end) {
       const auto step = buffer<S>(kRows * R);
       for (int64_t i = begin; i < end; ++i) {
